@@ -1,0 +1,95 @@
+"""Builds the indexes of sealed segments on a background thread and swaps them in when all are done.
+
+The one place that knows both segments and indexes. A build that fails leaves the segment exact.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from retrieval import index as indexes
+from retrieval.index import KeyIndex
+from retrieval.methods.retrieval import QuerySample
+from retrieval.segments import Segment
+
+logger = logging.getLogger(__name__)
+
+OnBuilt = Callable[[str, float, int], None]  # kind, seconds, keys
+
+
+@dataclass(frozen=True, slots=True)
+class LayerIndexes:
+    """Indexes of a whole segment, `layers[layer][kv_head]`, over positions from `begin` on."""
+
+    begin: int
+    layers: list[list[KeyIndex]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all indexes."""
+        return sum(head.nbytes for layer in self.layers for head in layer)
+
+
+class IndexBuilder:
+    """A queue of segments to index; `wait` and `close` are for the owner's thread."""
+
+    def __init__(self, kind: str, options: dict[str, Any], num_sink_tokens: int, on_built: OnBuilt) -> None:
+        self._kind, self._options, self._num_sink_tokens = kind, options, num_sink_tokens
+        self._on_built = on_built
+        self._closed = threading.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="index-builder")
+
+    @property
+    def kind(self) -> str:
+        """The kind of index built."""
+        return self._kind
+
+    def submit(self, segment: Segment, sample: QuerySample | None) -> None:
+        """Index a segment in the background; a segment that has an index or is being indexed is left alone."""
+        if segment.index_state != "none":
+            return
+        segment.index_state = "building"
+        self._executor.submit(self._build, segment, sample or QuerySample())
+
+    def wait(self) -> None:
+        """Block until everything submitted so far is built."""
+        self._executor.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Drop what is queued; return when the build under way has noticed."""
+        self._closed.set()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _build(self, segment: Segment, sample: QuerySample) -> None:
+        started = time.perf_counter()
+        try:
+            built = self._build_layers(segment, sample)
+        except Exception:
+            segment.index_state = "failed"
+            logger.exception("index build failed; the segment stays exact")
+            return
+        if built is not None:
+            segment.index, segment.index_state = built, "ready"
+            self._on_built(self._kind, time.perf_counter() - started, segment.num_tokens)
+
+    def _build_layers(self, segment: Segment, sample: QuerySample) -> LayerIndexes | None:
+        """None when the builder was closed meanwhile."""
+        begin = max(0, self._num_sink_tokens - segment.start)
+        geometry = segment.kv.geometry
+        layers: list[list[KeyIndex]] = []
+        for layer_idx in range(geometry.num_layers):
+            heads: list[KeyIndex] = []
+            for kv_head in range(geometry.num_kv_heads):
+                if self._closed.is_set():
+                    return None
+                keys = segment.kv.keys[layer_idx, kv_head, begin : segment.num_tokens]
+                queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
+                heads.append(indexes.build(self._kind, keys, queries, **self._options))
+            layers.append(heads)
+        return LayerIndexes(begin, layers)

@@ -1,0 +1,79 @@
+"""Exact attention of a chunk of a prompt over everything before it, block by block.
+
+Keys and values that live in host memory while the queries are on a GPU are streamed there in blocks, the
+next block's copy under way while the present one is attended, so device memory stays bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from retrieval.context import Context, Run
+from retrieval.merge import Partial, empty_partial, merge
+from retrieval.partial_attention import attend_block, attend_grouped, attend_masked
+
+BLOCK_TOKENS = 16384  # of K and V streamed to a device at a time: 64 MiB a layer for 8 KV heads of 128 in bf16
+
+
+def attend_chunk(
+    queries: Tensor, context: Context, layer_idx: int, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """Causal attention of the newest `n` tokens, whose K and V were written to the tail but not committed.
+
+    queries `[num_q_heads, n, head_dim]` at positions `num_tokens .. num_tokens + n`; returns float32
+    `[num_q_heads, n, head_dim]`.
+    """
+    if sliding_window is not None and context.num_tokens + queries.shape[1] > sliding_window:
+        return _attend_sliding(queries, context, layer_idx, scale, sliding_window)
+    partials = [_attend_self(queries, context, layer_idx, scale)]
+    for keys, values in _blocks(context.runs(), layer_idx, queries.device):
+        partials = [merge([*partials, attend_grouped(queries, keys, values, scale)])]
+    return partials[0][0]
+
+
+def _attend_self(queries: Tensor, context: Context, layer_idx: int, scale: float) -> Partial:
+    """The chunk's own triangle."""
+    new = slice(context.tail.length, context.tail.length + queries.shape[1])
+    group = context.geometry.group_size
+    keys, values = context.tail.keys[layer_idx, :, new], context.tail.values[layer_idx, :, new]
+    keys, values = (t.to(queries.device).repeat_interleave(group, dim=0) for t in (keys, values))
+    return attend_block(queries, keys, values, scale, is_causal=True)
+
+
+def _blocks(runs: list[Run], layer_idx: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and V `[num_kv_heads, m, head_dim]` of the runs on `device`, copied one block ahead when elsewhere."""
+    ahead: tuple[Tensor, Tensor] | None = None
+    for run in runs:
+        size = run.end - run.begin if run.kv.device == device else BLOCK_TOKENS
+        for begin in range(run.begin, run.end, max(1, size)):
+            block = slice(begin, min(begin + size, run.end))
+            keys, values = run.kv.keys[layer_idx, :, block], run.kv.values[layer_idx, :, block]
+            fetched = (keys.to(device, non_blocking=True), values.to(device, non_blocking=True))
+            if ahead is not None:
+                yield ahead
+            ahead = fetched
+    if ahead is not None:
+        yield ahead
+
+
+def _attend_sliding(queries: Tensor, context: Context, layer_idx: int, scale: float, window: int) -> Tensor:
+    """Each query sees the last `window` positions, itself included."""
+    n, past = queries.shape[1], context.num_tokens
+    first = max(0, past - window + 1)
+    position = torch.arange(past, past + n, device=queries.device)[:, None]
+    partials = [empty_partial(tuple(queries.shape), queries.device)]
+    offset = 0
+    for run in context.runs(num_new=n):
+        begin = min(max(run.begin, run.begin + first - offset), run.end)
+        if begin < run.end:
+            keys = run.kv.keys[layer_idx, :, begin : run.end].to(queries.device)
+            values = run.kv.values[layer_idx, :, begin : run.end].to(queries.device)
+            start = offset + begin - run.begin
+            key_position = torch.arange(start, start + keys.shape[1], device=queries.device)[None]
+            mask = (key_position <= position) & (key_position > position - window)
+            partials = [merge([*partials, attend_masked(queries, keys, values, scale, mask)])]
+        offset += run.end - run.begin
+    return partials[0][0]

@@ -1,0 +1,165 @@
+"""Segments: immutable, content-addressed runs of a context's K and V, shared by reference count.
+
+Owns which segments exist, who refers to them and how a prompt finds its longest cached prefix. Knows
+nothing of how an index works (it holds one as an opaque `SegmentIndex`) nor of budgets. All calls come
+from the engine thread, except that an index build may set `Segment.index` from its own thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.kv_buffer import KvBuffer
+
+TokenIds = npt.NDArray[np.int32]
+
+
+class SegmentIndex(Protocol):
+    """What a segment holds once its keys are indexed: one entry per layer, from position `begin` on."""
+
+    begin: int  # first position of the segment that is indexed (sink tokens before it are not)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' indexes."""
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """K and V of all layers for `token_ids`, positions `[start, start + num_tokens)` of its context."""
+
+    digest: bytes  # of salt, parent digest, parent limit and token ids
+    parent: Segment | None
+    parent_limit: int  # tokens of the parent's run that precede this one
+    start: int  # absolute position of the first token
+    token_ids: TokenIds
+    kv: KvBuffer
+    salt: str
+    index: Any = None  # SegmentIndex, set once by the builder; None: attended exactly
+    index_state: str = "none"  # none, building, ready, failed
+    num_references: int = 0  # contexts and children that hold it
+    num_hits: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    children: list[Segment] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held."""
+        return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """Absolute position after the last token."""
+        return self.start + self.num_tokens
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V."""
+        return self.kv.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the indexes, 0 while there are none."""
+        return 0 if self.index is None else int(self.index.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PathEntry:
+    """The first `limit` tokens of a segment, as one step of a context's path."""
+
+    segment: Segment
+    limit: int
+
+    @property
+    def end(self) -> int:
+        """Absolute position after the last visible token."""
+        return self.segment.start + self.limit
+
+
+Path = tuple[PathEntry, ...]
+
+
+def segment_digest(salt: str, parent: PathEntry | None, token_ids: TokenIds) -> bytes:
+    """Content address of a segment: BLAKE2b over salt, parent digest and limit, token ids."""
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(salt.encode() + b"\0")
+    if parent is not None:
+        digest.update(parent.segment.digest + parent.limit.to_bytes(8, "little"))
+    digest.update(token_ids.astype("<i4").tobytes())
+    return digest.digest()
+
+
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+class SegmentStore:
+    """All segments in host memory, found by content."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, Segment] = {}
+        self._roots: list[Segment] = []
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(list(self._by_digest.values()))
+
+    def get(self, digest: bytes) -> Segment | None:
+        """The segment of that content, if held."""
+        return self._by_digest.get(digest)
+
+    def add(self, salt: str, parent: PathEntry | None, token_ids: TokenIds, kv: KvBuffer) -> Segment:
+        """Hold a new segment; one of the same content that is held already is returned instead."""
+        digest = segment_digest(salt, parent, token_ids)
+        known = self._by_digest.get(digest)
+        if known is not None:
+            return known
+        start, limit = (parent.end, parent.limit) if parent else (0, 0)
+        segment = Segment(digest, parent.segment if parent else None, limit, start, token_ids, kv, salt)
+        self._by_digest[digest] = segment
+        siblings = segment.parent.children if segment.parent else self._roots
+        siblings.append(segment)
+        if segment.parent:
+            segment.parent.num_references += 1
+        return segment
+
+    def remove(self, segment: Segment) -> None:
+        """Forget a segment that nothing refers to."""
+        assert segment.num_references == 0, "a referenced segment cannot be removed"
+        del self._by_digest[segment.digest]
+        (segment.parent.children if segment.parent else self._roots).remove(segment)
+        if segment.parent:
+            segment.parent.num_references -= 1
+
+    def longest_prefix(self, token_ids: TokenIds, salt: str) -> Path:
+        """The path that covers the longest prefix of `token_ids` among segments of that salt."""
+        return self._longest(self._roots, None, token_ids, salt)
+
+    def _longest(self, siblings: list[Segment], above: int | None, token_ids: TokenIds, salt: str) -> Path:
+        """Best path through `siblings`, whose parent matched its first `above` tokens (None: no parent)."""
+        best: Path = ()
+        for segment in siblings:
+            if segment.salt != salt or (above is not None and segment.parent_limit > above):
+                continue
+            matched = common_prefix(segment.token_ids, token_ids[segment.start :])
+            if matched == 0:
+                continue
+            path: Path = (PathEntry(segment, matched),)
+            deeper = self._longest(segment.children, matched, token_ids, salt)
+            if deeper and deeper[-1].end > path[-1].end:
+                path = (PathEntry(segment, deeper[0].segment.parent_limit), *deeper)
+            if not best or path[-1].end > best[-1].end:
+                best = path
+        return best
