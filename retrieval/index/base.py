@@ -84,7 +84,8 @@ class KeyIndex(ABC):
         """The (approximately) best k keys of each query among positions below `limit`.
 
         queries: `[num_queries, head_dim]`, CPU. Returns `positions` int64 `[num_queries, k]` padded
-        with -1 and `scores` float32 `[num_queries, k]`, descending, padded with -inf.
+        with -1 and `scores` float32 `[num_queries, k]`, descending, padded with -inf. Raises
+        `IndexInputError` on bad queries and on a negative `k` or `limit`.
         """
 
     def attend(
@@ -106,6 +107,10 @@ class KeyIndex(ABC):
     @abstractmethod
     def count_scored(self, num_queries: int, k: int, num_visible: int) -> int:
         """Exact (full precision) inner products that `search` of `num_queries` queries computes."""
+
+    def count_bytes_read(self, num_queries: int, k: int, num_visible: int) -> int:
+        """Bytes of keys and codes that such a `search` reads; kinds that scan codes add theirs."""
+        return self.count_scored(num_queries, k, num_visible) * self.head_dim * self._keys.element_size()
 
     @property
     @abstractmethod
@@ -132,7 +137,8 @@ def build(kind: str, keys: Tensor, queries: Tensor, **options: Any) -> KeyIndex:
     """
     check_vectors("keys", keys)
     check_vectors("queries", queries, head_dim=int(keys.shape[1]))
-    return kind_class(kind)(keys, queries, **options)
+    index: KeyIndex = kind_class(kind)(keys, queries, **options)
+    return index
 
 
 class UnknownIndexKindError(KeyError):
@@ -161,10 +167,34 @@ def check_vectors(name: str, vectors: Tensor, head_dim: int | None = None) -> No
         raise IndexInputError(f"{name} hold NaN or infinity")
 
 
+def check_search(queries: Tensor, head_dim: int, k: int, limit: int | None) -> None:
+    """Raise `IndexInputError` unless these are arguments that `search` accepts."""
+    check_vectors("queries", queries, head_dim)
+    if k < 0:
+        raise IndexInputError(f"k must not be negative, got {k}")
+    if limit is not None and limit < 0:
+        raise IndexInputError(f"limit must not be negative, got {limit}")
+
+
+def append_keys(held: Tensor, new: Tensor) -> Tensor:
+    """`held [n, d]` followed by `new [m, d]`: a view where `new` lies right behind `held` in one growing
+    buffer, else a copy. Raises `IndexInputError` on another width or dtype."""
+    check_vectors("keys", new, int(held.shape[1]))
+    if new.dtype != held.dtype:
+        raise IndexInputError(f"keys must be {held.dtype} like those held, got {new.dtype}")
+    is_one_buffer = held.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+    end = held.storage_offset() + held.shape[0] * held.stride(0)
+    if is_one_buffer and held.stride() == new.stride() and new.storage_offset() == end:
+        return held.as_strided((held.shape[0] + new.shape[0], held.shape[1]), held.stride())
+    return torch.cat((held, new))
+
+
 def attend_positions(positions: Tensor, scores: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax over given keys: positions `[n, k]` (-1 = none), scores `[n, k]` -> out `[n, d]`, lse `[n]`."""
     logits = (scores.float() * scale).masked_fill(positions < 0, float("-inf"))
     lse = torch.logsumexp(logits, dim=1)
+    if len(values) == 0:
+        return torch.zeros(len(positions), values.shape[1]), lse
     weights = torch.exp(logits - lse.masked_fill(lse.isinf(), 0.0)[:, None])
     gathered = values[positions.clamp_min(0)].float()  # [n, k, d]
     return torch.einsum("nk,nkd->nd", weights, gathered), lse
