@@ -30,6 +30,10 @@ class LayerIndexes:
     begin: int
     layers: list[list[KeyIndex]]
 
+    def head(self, layer_idx: int, kv_head: int) -> KeyIndex:
+        """The index of one layer and KV head."""
+        return self.layers[layer_idx][kv_head]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all indexes."""

@@ -143,6 +143,16 @@ class SegmentStore:
         if segment.parent:
             segment.parent.num_references -= 1
 
+    def drop_superseded(self, segment: Segment) -> None:
+        """Remove idle siblings whose tokens are a prefix of `segment`'s: earlier turns of the same chat."""
+        for sibling in list(segment.parent.children if segment.parent else self._roots):
+            is_shorter = sibling is not segment and sibling.num_tokens < segment.num_tokens
+            if not is_shorter or sibling.num_references or sibling.index_state == "building":
+                continue
+            if (sibling.salt, sibling.parent_limit) == (segment.salt, segment.parent_limit):
+                if common_prefix(sibling.token_ids, segment.token_ids) == sibling.num_tokens:
+                    self.remove(sibling)
+
     def longest_prefix(self, token_ids: TokenIds, salt: str) -> Path:
         """The path that covers the longest prefix of `token_ids` among segments of that salt."""
         return self._longest(self._roots, None, token_ids, salt)

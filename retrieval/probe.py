@@ -1,0 +1,70 @@
+"""Live recall: what the index found for one real query, against an exact search over the same keys.
+
+Runs on a thread of its own, on a small sample of decode steps; only immutable segments are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrieval.context import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Over one query: share of the exact top k found, and softmax mass found over that of the exact top k."""
+
+    recall: float
+    captured_mass: float
+
+
+def measure(query: Tensor, keys: Tensor, positions: Tensor, k: int, scale: float) -> Quality:
+    """query `[head_dim]`, keys `[num_keys, head_dim]`, positions int64 of the keys found (-1 = none)."""
+    logits = keys.float() @ query.float() * scale
+    exact = logits.topk(min(k, len(keys)))
+    found = positions[positions >= 0]
+    weights = torch.exp(logits - exact.values[0])
+    recall = torch.isin(exact.indices, found).float().mean()
+    return Quality(float(recall), float((weights[found].sum() / weights[exact.indices].sum()).clamp(max=1.0)))
+
+
+class LiveProbe:
+    """Checks at most one query at a time; a step that comes while one is under way is not sampled."""
+
+    def __init__(self, num_retrieved: int, scale: float, on_measured: Callable[[float, float], None]) -> None:
+        self._num_retrieved, self._scale, self._on_measured = num_retrieved, scale, on_measured
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="live-recall")
+        self._pending: Future[None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """A check is under way."""
+        return self._pending is not None and not self._pending.done()
+
+    def submit(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
+        """Check one query `[head_dim]` of a KV head's group against an indexed run."""
+        self._pending = self._executor.submit(self._check, query.cpu().clone(), run, layer_idx, kv_head)
+
+    def close(self) -> None:
+        """Wait for the check under way."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _check(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
+        try:
+            assert run.indexed is not None
+            index = run.indexed.index
+            limit = run.end - index.begin
+            positions, _ = index.head(layer_idx, kv_head).search(query[None], self._num_retrieved, limit)
+            keys = run.kv.keys[layer_idx, kv_head, index.begin : run.end]
+            quality = measure(query, keys, positions[0], self._num_retrieved, self._scale)
+            self._on_measured(quality.recall, quality.captured_mass)
+        except Exception:
+            logger.exception("a live recall check failed")

@@ -1,0 +1,173 @@
+"""Loads a model and runs packed forward passes. Knows contexts and tensors, not requests or scheduling.
+
+Engine thread only. A pass that fails commits nothing: every context is as it was before.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from retrieval import adapter
+from retrieval.adapter import Span, Step, read_geometry
+from retrieval.context import Context
+from retrieval.methods import AttentionMethod
+from retrieval.probe import LiveProbe
+from server.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's part of a step: its next `tokens`, to follow what its context holds."""
+
+    context: Context
+    tokens: list[int]
+    is_decode: bool
+    wants_logits: bool  # of its last token
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """logits float32 `[num_wanting, vocab_size]` on the CPU, in the order of the work that wants them."""
+
+    logits: Tensor
+    decode_attention_seconds: float  # summed over layers and sequences
+    num_visible: int
+    num_scored: int
+    num_retrieved: int
+
+
+class ModelRunner:
+    """A causal language model whose attention reads and writes contexts."""
+
+    def __init__(self, config: EngineConfig, method: AttentionMethod) -> None:
+        adapter.register()
+        self.device = resolve_device(config.device)
+        self._method, self._num_retrieved = method, config.num_retrieved
+        self.hf_config = load_config(config)
+        dtype = resolve_dtype(config.dtype, self.hf_config, self.device)
+        self.geometry = read_geometry(self.hf_config, dtype)
+        started = time.perf_counter()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=adapter.ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+            device_map={"": self.device} if self.device.type == "cuda" else None,
+        ).eval()
+        self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
+        self.max_position = int(getattr(self.hf_config.get_text_config(decoder=True), "max_position_embeddings", 0))
+        self.end_ids = read_end_ids(config, self.hf_config)
+        self.scale = self._read_scale()
+        self.probe: LiveProbe | None = None  # set by the engine's builder when live recall is on
+        self._probe_interval = max(1, config.live_recall_interval)
+        self._num_decode_steps = 0
+        self._random = random.Random(config.seed)
+        logger.info("loaded %s (%s, %s) in %.1f s", config.model, dtype, self.device, time.perf_counter() - started)
+
+    def _read_scale(self) -> float:
+        """The softmax scale that the model's own attention modules pass on."""
+        scales = {float(m.scaling) for m in self._model.modules() if hasattr(m, "scaling") and hasattr(m, "layer_idx")}
+        return scales.pop() if len(scales) == 1 else self.geometry.head_dim**-0.5
+
+    @torch.inference_mode()
+    def run(self, work: list[Work]) -> StepResult:
+        """One packed forward pass over all the work; commits every context when it has succeeded."""
+        spans, row = [], 0
+        for item in work:
+            item.context.tail.reserve(len(item.tokens))
+            spans.append(Span(item.context, row, len(item.tokens), item.is_decode))
+            row += len(item.tokens)
+        step = Step(spans, self._method, self._num_retrieved, keep_queries_of=self._sampled_layer(spans))
+        wanted = [s.row + s.num_tokens - 1 for s, item in zip(spans, work, strict=True) if item.wants_logits]
+        logits = self._forward(work, wanted, step)
+        self._probe_queries(step)
+        for item in work:
+            item.context.tail.commit(len(item.tokens))
+        stats = step.stats
+        return StepResult(logits, step.decode_seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
+
+    def _sampled_layer(self, spans: list[Span]) -> int | None:
+        """A random layer to check exactly, every `live_recall_interval` steps that decode."""
+        if self.probe is None or not any(s.is_decode for s in spans):
+            return None
+        self._num_decode_steps += 1
+        is_due = self._num_decode_steps % self._probe_interval == 0 and not self.probe.is_busy
+        return self._random.randrange(self.geometry.num_layers) if is_due else None
+
+    def _probe_queries(self, step: Step) -> None:
+        """Hand one random head's query of one indexed run to the live probe."""
+        layer_idx = step.keep_queries_of
+        if layer_idx is None or self.probe is None:
+            return
+        indexed = [(s, r) for s in step.spans if s.is_decode for r in self._method.select(s.context) if r.indexed]
+        if indexed:
+            span, run = self._random.choice(indexed)
+            head = self._random.randrange(self.geometry.num_q_heads)
+            query = step.queries[layer_idx][head, span.row]
+            self.probe.submit(query, run, layer_idx, head // self.geometry.group_size)
+
+    def _forward(self, work: list[Work], wanted: list[int], step: Step) -> Tensor:
+        tokens = torch.tensor([t for item in work for t in item.tokens], device=self.device)
+        positions = torch.cat(
+            [torch.arange(w.context.num_tokens, w.context.num_tokens + len(w.tokens)) for w in work]
+        ).to(self.device)
+        output = self._model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=self.device, dtype=torch.int64),
+            step=step,
+        )
+        return output.logits[0].float().cpu()
+
+    def prefill_done(self, context: Context) -> None:
+        """Tell the attention method that the context's prompt is committed."""
+        with torch.inference_mode():
+            self._method.prefill_done(context, self.scale)
+
+
+def load_config(config: EngineConfig) -> Any:
+    """The transformers config of the model; the error says what to do when it cannot be found."""
+    return AutoConfig.from_pretrained(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype."""
+    if name != "auto":
+        return DTYPES[name]
+    stored = getattr(hf_config, "dtype", None)
+    if isinstance(stored, str):
+        stored = DTYPES.get(stored)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def read_end_ids(config: EngineConfig, hf_config: Any) -> frozenset[int]:
+    """All end-of-sequence ids: of the generation config where there is one, else of the config."""
+    try:
+        eos = GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+    except OSError:
+        eos = None
+    eos = eos if eos is not None else hf_config.get_text_config(decoder=True).eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])

@@ -1,0 +1,114 @@
+"""Chooses the next token of each sequence from its logits. Each sequence has its own random stream, so that
+the same seed gives the same text whatever else is in the batch.
+
+Order, as in vLLM: logit bias and forbidden tokens, penalties, logprobs, temperature, min_p, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.events import TokenLogprob
+from server.engine.request import SamplingParams
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The model gave NaN, or no finite logit at all, for this sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token and, when asked for, log-probabilities before temperature and filters."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """One sequence's random stream and token counts."""
+
+    generator: torch.Generator
+    prompt_mask: Tensor | None  # bool [vocab_size]: occurs in the prompt; only with a repetition penalty
+    counts: Tensor | None  # float32 [vocab_size]: generated so far; only with penalties
+
+
+def make_state(params: SamplingParams, prompt: tuple[int, ...], choice: int, seed: int, vocab_size: int) -> SamplerState:
+    """A fresh state; `seed` is the request's own or one drawn for it, choices differ."""
+    generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * choice) % 2**63)
+    mask = None
+    if params.repetition_penalty != 1.0:
+        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        mask[torch.tensor(prompt, dtype=torch.int64)] = True
+    penalised = params.presence_penalty or params.frequency_penalty or mask is not None
+    return SamplerState(generator, mask, torch.zeros(vocab_size) if penalised else None)
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, state: SamplerState, num_generated: int, end_ids: frozenset[int]
+) -> Sampled:
+    """The next token of one sequence: logits float32 `[vocab_size]` on the CPU, not changed.
+
+    end_ids: eos and stop tokens, forbidden until `min_tokens` were generated. Raises `NonFiniteLogitsError`.
+    """
+    if bool(torch.isnan(logits).any()) or not bool(torch.isfinite(logits.max())):
+        raise NonFiniteLogitsError("the model returned logits that are not finite")
+    logits = _bias(logits, params, num_generated, end_ids)
+    logits = _penalise(logits, params, state)
+    token_id = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params, state)
+    if state.counts is not None:
+        state.counts[token_id] += 1
+    return _with_logprobs(token_id, logits, params.num_logprobs)
+
+
+def _bias(logits: Tensor, params: SamplingParams, num_generated: int, end_ids: frozenset[int]) -> Tensor:
+    forbidden = end_ids if num_generated < params.min_tokens else frozenset[int]()
+    if not forbidden and not params.logit_bias:
+        return logits
+    logits = logits.clone()
+    for token_id, bias in params.logit_bias:
+        logits[token_id] += bias
+    logits[list(forbidden)] = float("-inf")
+    return logits
+
+
+def _penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Tensor:
+    if state.counts is None:
+        return logits
+    generated = state.counts > 0
+    if state.prompt_mask is not None:
+        seen = generated | state.prompt_mask
+        penalty = params.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return logits - params.frequency_penalty * state.counts - params.presence_penalty * generated
+
+
+def _draw(logits: Tensor, params: SamplingParams, state: SamplerState) -> int:
+    """Inverse transform over the filtered distribution, most likely tokens first."""
+    scaled = (logits - logits.max()) / params.temperature
+    ordered, order = torch.sort(torch.softmax(scaled, dim=-1), descending=True, stable=True)
+    keep = ordered >= params.min_p * ordered[0]
+    if params.top_k > 0:
+        keep[params.top_k :] = False
+    if params.top_p < 1.0:
+        kept = torch.where(keep, ordered, 0.0)
+        before = kept.cumsum(0) - kept
+        keep &= before < params.top_p * kept.sum()
+    keep[0] = True
+    cumulative = torch.where(keep, ordered, 0.0).double().cumsum(0)
+    point = torch.rand((), generator=state.generator, dtype=torch.float64) * cumulative[-1]
+    rank = int(torch.searchsorted(cumulative, point, right=True))
+    return int(order[min(rank, int(keep.nonzero()[-1]))])
+
+
+def _with_logprobs(token_id: int, logits: Tensor, num_logprobs: int | None) -> Sampled:
+    if num_logprobs is None:
+        return Sampled(token_id)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    top = torch.topk(logprobs, min(num_logprobs, len(logprobs)))
+    listed = tuple(TokenLogprob(int(i), float(p)) for p, i in zip(*top, strict=True))
+    return Sampled(token_id, TokenLogprob(token_id, float(logprobs[token_id])), listed)

@@ -1,0 +1,193 @@
+"""Decides what each step computes: who is admitted, which sequences decode, how large a prefill chunk is.
+
+Pure bookkeeping without tensors, clocks or threads. Policy: every running sequence decodes in every step;
+what is left of the token (and time) budget goes to prefills, the one with the fewest tokens left first,
+so that a short question never waits behind a long document, and every `FAIR_SHARE`-th chunk goes to the
+one that has waited longest, so that the long document is not starved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.engine.sequence import Sequence
+
+FAIR_SHARE = 4
+MIN_CHUNK_TOKENS = 16  # progress even where the time budget is tight
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`num_tokens` of one sequence in the next step."""
+
+    sequence: Sequence
+    num_tokens: int
+    is_decode: bool
+
+
+class StepCost:
+    """Learns seconds = fixed + per_token * n + per_pair * n * (position + n / 2) from the steps that ran.
+
+    Least squares with forgetting over the two prefill terms, so that it follows a busy machine.
+    """
+
+    def __init__(self, forgetting: float = 0.9) -> None:
+        self._forgetting = forgetting
+        self._xx, self._xy, self._yy = 1e-6, 0.0, 1e-6  # normal matrix of features (n, pairs in millions)
+        self._xt, self._yt = 1e-10, 1e-10
+        self.decode_seconds = 0.0  # moving mean of a step without prefill
+
+    def observe(self, seconds: float, chunks: list[Chunk], positions: list[int]) -> None:
+        """Learn from a step; `positions` are the chunks' first token positions."""
+        prefills = [(c.num_tokens, p) for c, p in zip(chunks, positions, strict=True) if not c.is_decode]
+        if not prefills:
+            self.decode_seconds += 0.1 * (seconds - self.decode_seconds)
+            return
+        if len(prefills) < len(chunks):
+            seconds = max(0.0, seconds - self.decode_seconds)
+        x = float(sum(n for n, _ in prefills))
+        y = sum(n * (p + n / 2) for n, p in prefills) / 1e6
+        keep = self._forgetting
+        self._xx, self._xy, self._yy = keep * self._xx + x * x, keep * self._xy + x * y, keep * self._yy + y * y
+        self._xt, self._yt = keep * self._xt + x * seconds, keep * self._yt + y * seconds
+
+    def coefficients(self) -> tuple[float, float]:
+        """Seconds per token, and per million (query, key) pairs; neither negative."""
+        determinant = self._xx * self._yy - self._xy * self._xy
+        if determinant > 1e-9 * self._xx * self._yy:
+            per_token = (self._xt * self._yy - self._yt * self._xy) / determinant
+            per_pair = (self._yt * self._xx - self._xt * self._xy) / determinant
+            if per_token >= 0 and per_pair >= 0:
+                return per_token, per_pair
+            if per_token < 0:
+                return 0.0, self._yt / self._yy
+        return self._xt / self._xx, 0.0
+
+    def chunk_tokens(self, seconds: float, position: int) -> int:
+        """Tokens at `position` that fit into `seconds`: the positive root of a n + b n (position + n/2) = seconds."""
+        per_token, per_pair = self.coefficients()
+        a, b = per_token + per_pair * position / 1e6, per_pair / 1e6
+        if a <= 0 and b <= 0:
+            return 1 << 20
+        if b * seconds < 1e-12 * max(a, 1e-12):
+            return int(seconds / max(a, 1e-12))
+        return int(((a * a + 2 * b * seconds) ** 0.5 - a) / b)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The scheduler's bounds; units as in `EngineConfig`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    step_time_budget_seconds: float  # 0: no time budget
+
+
+class Scheduler:
+    """Queues and running set. `admit` is asked before a sequence starts and may say 'not yet'."""
+
+    def __init__(self, limits: Limits, admit: Callable[[Sequence], bool]) -> None:
+        self._limits, self._admit = limits, admit
+        self.cost = StepCost()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._step_number = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Anything waiting or running."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence by priority, then arrival."""
+        self.waiting.append(sequence)
+        self.waiting.sort(key=_queue_order)
+
+    def add_running(self, sequence: Sequence) -> None:
+        """A fork of a running sequence, which its admission already counted."""
+        sequence.status = "running"
+        self.running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it is."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.status = "finished"
+
+    def schedule(self) -> tuple[list[Chunk], list[Sequence]]:
+        """The next step's chunks (decodes first), and the sequences preempted to make room."""
+        self._step_number += 1
+        preempted = self._start_waiting()
+        decodes = [Chunk(s, 1, True) for s in self.running if not s.is_prefilling]
+        return decodes + self._prefills(bool(decodes), self._limits.max_num_batched_tokens - len(decodes)), preempted
+
+    def _start_waiting(self) -> list[Sequence]:
+        preempted: list[Sequence] = []
+        for sequence in list(self.waiting):
+            while self._num_slots() < _slots_needed(sequence):
+                victim = self._victim(sequence)
+                if victim is None:
+                    return preempted
+                self._preempt(victim)
+                preempted.append(victim)
+            if sequence not in preempted and self._admit(sequence):
+                self.waiting.remove(sequence)
+                sequence.status = "running"
+                self.running.append(sequence)
+        return preempted
+
+    def _num_slots(self) -> int:
+        return self._limits.max_num_seqs - sum(_slots_needed(s) for s in self.running)
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """The running sequence of the lowest priority, if that is strictly lower; newest first."""
+        worst = max(self.running, key=_queue_order, default=None)
+        return worst if worst is not None and worst.request.priority > sequence.request.priority else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue; it keeps its context, so nothing is computed twice."""
+        self.running.remove(sequence)
+        sequence.status = "waiting"
+        self.add(sequence)
+
+    def _prefills(self, has_decodes: bool, token_budget: int) -> list[Chunk]:
+        budgeted = has_decodes and self._limits.step_time_budget_seconds > 0
+        seconds = max(0.0, self._limits.step_time_budget_seconds - self.cost.decode_seconds)
+        chunks: list[Chunk] = []
+        for sequence in self._prefill_order():
+            if token_budget <= 0 or (budgeted and chunks and seconds <= 0):
+                break
+            num_tokens = min(sequence.num_remaining, token_budget)
+            if budgeted:
+                fitting = self.cost.chunk_tokens(seconds, sequence.num_computed)
+                num_tokens = min(num_tokens, max(fitting, 0 if chunks else MIN_CHUNK_TOKENS))
+                per_token, per_pair = self.cost.coefficients()
+                pairs = num_tokens * (sequence.num_computed + num_tokens / 2) / 1e6
+                seconds -= per_token * num_tokens + per_pair * pairs
+            if num_tokens > 0:
+                sequence.last_chunk_step = self._step_number
+                chunks.append(Chunk(sequence, num_tokens, False))
+                token_budget -= num_tokens
+        return chunks
+
+    def _prefill_order(self) -> list[Sequence]:
+        """Fewest remaining tokens first; on every `FAIR_SHARE`-th step the longest-waiting one leads."""
+        prefilling = [s for s in self.running if s.is_prefilling]
+        prefilling.sort(key=lambda s: (s.request.priority, s.num_remaining, s.state.arrival))
+        if self._step_number % FAIR_SHARE == 0 and prefilling:
+            oldest = min(prefilling, key=lambda s: (s.last_chunk_step, s.state.arrival))
+            prefilling.remove(oldest)
+            prefilling.insert(0, oldest)
+        return prefilling
+
+
+def _queue_order(sequence: Sequence) -> tuple[int, float, int]:
+    return (sequence.request.priority, sequence.state.arrival, sequence.choice)
+
+
+def _slots_needed(sequence: Sequence) -> int:
+    """A prefilling first choice stands for all `n` until it forks."""
+    is_forking = sequence.choice == 0 and sequence.num_generated == 0
+    return sequence.request.sampling.n if is_forking else 1

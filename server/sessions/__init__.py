@@ -1,0 +1,1 @@
+"""Which contexts live in host memory: opening, sealing, reuse, budgets and eviction."""

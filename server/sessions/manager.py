@@ -1,0 +1,195 @@
+"""Opens, seals and closes contexts under one byte budget, and evicts idle segments to keep it.
+
+Owns the segment store, the index builder and the budget. Engine thread only; builds run on the builder's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from retrieval.builder import IndexBuilder
+from retrieval.context import Context, StaticSet, open_context
+from retrieval.geometry import Geometry
+from retrieval.methods.retrieval import QuerySample
+from retrieval.segments import Segment, SegmentStore
+from server.engine.recorder import Recorder
+from server.sessions.budget import Budget
+from server.sessions.policy import Candidate, choose_victims
+
+logger = logging.getLogger(__name__)
+
+MIN_KEPT_TOKENS = 16  # an ended context shorter than this is not worth a segment
+INDEX_SHARE = 0.3  # of K and V bytes: worst case reserved for an index
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerStats:
+    """What is held now."""
+
+    num_segments: int
+    kv_bytes: int
+    index_bytes: int
+    reserved_bytes: int
+    limit_bytes: int
+
+
+class SessionManager:
+    """Contexts in, contexts out; everything between is accounted for."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        static: StaticSet,
+        builder: IndexBuilder | None,
+        budget: Budget,
+        recorder: Recorder,
+        *,
+        device: torch.device,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.store = SegmentStore()
+        self.budget = budget
+        self._geometry, self._static, self._builder = geometry, static, builder
+        self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
+
+    @property
+    def max_copied_tokens(self) -> int:
+        """Tokens that a fork may have to copy: the longest tail there is before it is sealed."""
+        return self._static.window_size + self._static.seal_tokens
+
+    def worst_case_bytes(self, num_tokens: int) -> int:
+        """K, V and index of a context of `num_tokens` that shares nothing."""
+        share = INDEX_SHARE if self._builder is not None and num_tokens > self._static.seal_tokens else 0.0
+        return int(num_tokens * self._geometry.kv_bytes_per_token * (1.0 + share))
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Take `num_bytes` of the budget, evicting idle segments if it must; False: not now."""
+        shortfall = self.budget.shortfall(num_bytes, self.held_bytes())
+        if shortfall:
+            self._evict(shortfall)
+            if self.budget.shortfall(num_bytes, self.held_bytes()):
+                return False
+        self.budget.reserve(num_bytes)
+        return True
+
+    def release(self, num_bytes: int) -> None:
+        """Give a reservation back, and evict what the segments now hold too much."""
+        self.budget.release(num_bytes)
+        excess = self.budget.shortfall(0, self.held_bytes())
+        if excess:
+            self._evict(excess)
+
+    def held_bytes(self) -> int:
+        """Bytes of all segments, indexes included."""
+        return sum(s.kv_bytes + s.index_bytes for s in self.store)
+
+    def open(self, token_ids: list[int], salt: str, max_tokens: int) -> Context:
+        """A context with the longest stored prefix of the prompt; `max_tokens` it may grow to."""
+        ids = np.asarray(token_ids, dtype=np.int32)
+        context = open_context(
+            self._geometry,
+            self._static,
+            self.store,
+            ids,
+            salt=salt,
+            capacity=max_tokens,
+            device=self._device,
+            reuse=self._prefix_caching,
+        )
+        for entry in context.path:
+            entry.segment.last_used = time.monotonic()
+            self._index(entry.segment, None)
+        return context
+
+    def prompt_done(self, context: Context, token_ids: list[int]) -> int:
+        """Seal the prompt just read, if it is long enough to be worth an index.
+
+        Returns the tokens that are now held by a segment and no longer by the request's reservation.
+        """
+        if context.tail.length < self._static.seal_tokens:
+            return 0
+        return self._seal(context, token_ids, num_kept=0).num_tokens
+
+    def grown(self, context: Context, token_ids: list[int]) -> int:
+        """Seal the old part of a tail that has outgrown window and seal size; returns as `prompt_done`."""
+        if context.tail.length < self._static.window_size + self._static.seal_tokens:
+            return 0
+        return self._seal(context, token_ids, num_kept=self._static.window_size).num_tokens
+
+    def close(self, context: Context, token_ids: list[int]) -> None:
+        """End a context; what it holds stays as segments for later requests."""
+        if self._prefix_caching and context.tail.length >= MIN_KEPT_TOKENS:
+            self._seal(context, token_ids, num_kept=0)
+        context.close()
+
+    def drop(self, context: Context) -> None:
+        """End a context of which nothing is kept."""
+        context.close()
+
+    def stats(self) -> ManagerStats:
+        """Figures for metrics."""
+        segments = list(self.store)
+        return ManagerStats(
+            num_segments=len(segments),
+            kv_bytes=sum(s.kv_bytes for s in segments),
+            index_bytes=sum(s.index_bytes for s in segments),
+            reserved_bytes=self.budget.reserved_bytes,
+            limit_bytes=self.budget.limit_bytes,
+        )
+
+    def wait_for_indexes(self) -> None:
+        """Block until every submitted index is built."""
+        if self._builder is not None:
+            self._builder.wait()
+
+    def shutdown(self) -> None:
+        """Stop building."""
+        if self._builder is not None:
+            self._builder.close()
+
+    def _seal(self, context: Context, token_ids: list[int], num_kept: int) -> Segment:
+        segment = context.seal(np.asarray(token_ids, dtype=np.int32), num_kept)
+        segment.last_used = time.monotonic()
+        self.store.drop_superseded(segment)
+        self._index(segment, context.query_sample)
+        context.query_sample = None
+        return segment
+
+    def _index(self, segment: Segment, sample: QuerySample | None) -> None:
+        if self._builder is not None and segment.num_tokens >= self._static.seal_tokens:
+            self._builder.submit(segment, sample)
+
+    def _evict(self, num_bytes: int) -> None:
+        """Free at least `num_bytes` if idle segments allow it."""
+        victims = choose_victims(self._candidates(), num_bytes)
+        for digest in victims:
+            segment = self.store.get(digest)
+            if segment is not None and segment.index_state != "building":
+                freed = segment.kv_bytes + segment.index_bytes
+                self.store.remove(segment)
+                self._recorder.eviction("host", "budget", freed)
+
+    def _candidates(self) -> list[Candidate]:
+        """Segments that no context holds; those being indexed wait."""
+        now = time.monotonic()
+        return [
+            Candidate(
+                key=s.digest,
+                parent=s.parent.digest if s.parent else None,
+                num_bytes=s.kv_bytes + s.index_bytes,
+                rebuild_seconds=self._rebuild_cost(s),
+                idle_seconds=now - s.last_used,
+                num_references=len(s.children),
+            )
+            for s in self.store
+            if s.num_references == len(s.children) and s.index_state != "building"
+        ]
+
+    def _rebuild_cost(self, segment: Segment) -> float:
+        """Prefill work in relative units: token-wise work plus attention over everything before."""
+        return segment.num_tokens * (1000.0 + segment.start + segment.num_tokens / 2)
