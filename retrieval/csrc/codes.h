@@ -1,0 +1,120 @@
+// RaBitQ codes of the keys of one segment and layer, for all its KV heads.
+//
+// Each key k is centred, rotated and kept as a few bits per dimension plus three small factors
+// (RaBitQ, arXiv 2405.12497, section 3; more bits per dimension: arXiv 2409.09913). With u the centred
+// code, r = R(k - c) and q' = R q, the inner product is estimated by <q, c> + f <u, q'>, f = |r|^2 / <u, r>,
+// which is unbiased over rotations R; its standard deviation is at most e |q|,
+// e = |r| sqrt(1 / a^2 - 1) / sqrt(d - 1), a = cos(u, r). Deviation from the papers: the grid of the
+// finer bits is set by the key's deviation instead of searched for, and the rotation is a Hadamard one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "distance.h"
+#include "thread_pool.h"
+
+namespace retrieval {
+
+inline constexpr int kChunkGroups = 32;
+inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
+inline constexpr int kMaxBits = 4;
+inline constexpr int kFineLevels = 127;    // largest entry of an estimate table
+inline constexpr int kCoarseLevels = 15;   // largest entry of a scan table
+
+// A random orthogonal map: sign flips and Hadamard transforms over the first and the last power of two.
+class Rotation {
+ public:
+  Rotation(int head_dim, std::uint64_t seed);
+  void apply(float* vector) const;  // in place
+
+ private:
+  static constexpr int kRounds = 4;
+  int head_dim_;
+  int span_;                   // largest power of two <= head_dim
+  std::vector<float> signs_;   // [kRounds][head_dim]
+};
+
+struct AlignedFree {
+  void operator()(std::byte* pointer) const;
+};
+using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
+AlignedBytes allocate_aligned(std::size_t bytes);  // zeroed, 64-byte aligned
+
+// 2048 keys of one head. Planes: [bits][kChunkGroups][plane_bytes].
+struct CodeChunk {
+  AlignedBytes planes;
+  alignas(64) std::int16_t coarse[kChunkKeys] = {};  // factor of the sign plane, in units of coarse_unit / 2^15
+  alignas(64) std::uint16_t fine[kChunkKeys] = {};   // factor of all planes, bf16
+  alignas(64) std::uint16_t error[kChunkKeys] = {};  // deviation of the estimate per unit of |q|, bf16, rounded up
+  float coarse_unit = 0.0f;                          // at least every coarse factor in here
+};
+
+// Codes of one head; read under LayerCodes' lock.
+struct HeadCodes {
+  std::vector<float> centroid;                       // [head_dim]
+  std::vector<std::unique_ptr<CodeChunk>> chunks;
+};
+
+class LayerCodes {
+ public:
+  // Throws std::invalid_argument unless head_dim is a multiple of 8 up to kMaxHeadDim and bits 1..4.
+  LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed);
+
+  int num_kv_heads() const { return num_kv_heads_; }
+  int head_dim() const { return head_dim_; }
+  int bits() const { return bits_; }
+  std::uint64_t seed() const { return seed_; }
+  std::int64_t num_keys() const;
+  std::int64_t nbytes() const;
+
+  // Append num_new keys per head: head h's begin at heads[h]. Throws std::invalid_argument, and adds
+  // nothing, if one is not finite. Searches may run meanwhile; they see all of the new keys or none.
+  void append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool);
+
+  std::string save() const;
+  // Throws std::invalid_argument on bytes that save did not write.
+  static std::shared_ptr<LayerCodes> load(const char* data, std::size_t size);
+
+  // Held shared by a search for as long as it reads heads().
+  std::shared_mutex& mutex() const { return mutex_; }
+  const HeadCodes& head(int h) const { return heads_[static_cast<std::size_t>(h)]; }
+  std::int64_t num_keys_locked() const { return num_keys_; }
+  const Rotation& rotation() const { return rotation_; }
+
+ private:
+  struct Encoded;
+  // False at a key that is not finite.
+  bool encode(const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
+              Encoded& out) const;
+  void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
+
+  int num_kv_heads_, head_dim_, bits_;
+  std::uint64_t seed_;
+  Rotation rotation_;
+  std::int64_t num_keys_ = 0;
+  std::vector<HeadCodes> heads_;
+  std::mutex append_mutex_;            // one writer at a time; taken before mutex_
+  mutable std::shared_mutex mutex_;
+};
+
+// A group's queries against the codes of one head: what scan and estimate need.
+struct CodeQuery {
+  std::vector<std::uint8_t> coarse_tables, fine_tables;  // [num][head_dim / 4][16]
+  std::int16_t offsets[kMaxGroup] = {};
+  int shift = 0;
+  float base[kMaxGroup] = {};         // <q, centroid>
+  float norm[kMaxGroup] = {};         // |q|
+  float coarse_step[kMaxGroup] = {};  // bound = base + coarse_step * coarse_unit * integer bound
+  float fine_step[kMaxGroup] = {};    // <u, q'> = fine_step * table sum + fine_offset
+  float fine_offset[kMaxGroup] = {};
+};
+
+// deviations: how many standard deviations above its estimate a key may score and still be found.
+CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations);
+
+}  // namespace retrieval

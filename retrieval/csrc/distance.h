@@ -1,0 +1,85 @@
+// The inner loops: one table of function pointers per instruction set, chosen once at run time.
+//
+// Every level computes the same thing. The integer kernels (scan, estimate) agree bit for bit; the
+// float kernels differ by summation order only. Translation units behind a level are compiled with
+// that level's flags, so they must not instantiate inline functions of the standard library: the
+// linker could keep the wide copy for everyone.
+#pragma once
+
+#include <cstdint>
+
+#include "numeric.h"
+
+namespace retrieval {
+
+inline constexpr int kMaxGroup = 8;      // query heads handled by one kernel call
+inline constexpr int kMaxHeadDim = 256;  // widest head
+inline constexpr int kGroupKeys = 64;    // keys whose code bits are interleaved: one 512-bit register of bytes
+
+// Query heads that share one KV head.
+struct Queries {
+  const float* values;          // [num][head_dim]
+  const std::uint16_t* bf16;    // [num][head_dim] when the queries came as bf16 (nothing is lost), else null
+  int num;                      // <= kMaxGroup
+  int head_dim;
+};
+
+// Rows of keys or values of one KV head.
+struct Rows {
+  const void* data;             // [capacity][head_dim]
+  const float* scales;          // [capacity] when dtype is int8, else null
+  DType dtype;
+  int head_dim;
+};
+
+// Code bits of 64 consecutive keys: byte i of piece s holds the bits of key i for dimensions 8s..8s+3
+// (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces.
+inline constexpr int plane_bytes(int head_dim) { return head_dim / 8 * kGroupKeys; }
+
+struct Kernels {
+  const char* name;
+
+  // out[h * stride + i] = <query h, row>, row = positions ? positions[i] : first + i.
+  void (*score)(const Queries& queries, const Rows& rows, const std::int32_t* positions, std::int64_t first, int n,
+                float* out, int stride);
+
+  // acc[h * head_dim + j] += sum over i of weights[h * stride + i] * row[j], rows as in score.
+  void (*accumulate)(const float* weights, int stride, int num, const Rows& rows, const std::int32_t* positions,
+                     std::int64_t first, int n, float* acc);
+
+  // Largest of n >= 1 values.
+  float (*maximum)(const float* values, int n);
+
+  // values[i] = exp(scale * (values[i] - top)), or 0 where values[i] < floor; returns the sum.
+  float (*exponentiate)(float* values, int n, float scale, float top, float floor);
+
+  // For each query h and each of num_groups * 64 keys: bounds[h * stride + i] =
+  // ((table sum + offsets[h]) << shift) * factors[i] rounded down to 15 fractional bits.
+  // tables: [num][head_dim / 4][16] with entries <= 15; plane: sign planes of consecutive groups, one
+  // every group_bytes; factors: [num_groups * 64]; tops[h * num_blocks + b]: largest bound of 8 groups.
+  void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int head_dim, int shift,
+               const std::uint8_t* plane, int num_groups, std::int64_t group_bytes, const std::int16_t* factors,
+               std::int16_t* bounds, std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
+
+  // sums[i] = sum over planes p (most significant first) of 2^(num_planes-1-p) * table sum, for the 64
+  // keys of one group and one query. tables: [head_dim / 4][16]; planes every plane_stride bytes.
+  void (*estimate)(const std::uint8_t* tables, int head_dim, const std::uint8_t* planes, int num_planes,
+                   std::int64_t plane_stride, float* sums);
+
+  // Bit i of masks[g]: values[64 g + i] >= floor.
+  void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);
+};
+
+// The table of a level, or null where this build or this machine lacks it.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+const Kernels* neon_kernels();
+
+// The table in use: the best that the machine has, or the one named by RETRIEVAL_SIMD.
+const Kernels& kernels();
+// Select a level by name; false if unknown here. Not to be called while a search runs.
+bool select_kernels(const char* name);
+
+}  // namespace retrieval
