@@ -11,6 +11,7 @@ import logging
 import random
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from dataclasses import replace
 
@@ -97,7 +98,7 @@ class Engine:
         with self._wake:
             self._is_stopping = True
         deadline = time.monotonic() + drain_seconds
-        while self.is_alive and self._streams and time.monotonic() < deadline:
+        while self.is_alive and self._streams and time.monotonic() < deadline:  # noqa: ASYNC110 - ends on a thread
             await asyncio.sleep(0.02)
         with self._wake:
             self._failure = self._failure or UnavailableError("the server is shutting down", code="shutting_down")
@@ -115,12 +116,15 @@ class Engine:
         if worst >= self._runner.vocab_size or min(request.prompt_token_ids) < 0:
             raise InvalidRequestError(f"token id {worst} is outside the vocabulary", param="prompt")
         if params.n > self.config.max_num_seqs:
-            raise InvalidRequestError(f"n is {params.n}, more than --max-num-seqs {self.config.max_num_seqs}", param="n")
+            raise InvalidRequestError(
+                f"n is {params.n}, more than --max-num-seqs {self.config.max_num_seqs}", param="n"
+            )
         room = self.max_model_len - num_prompt
         if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
             asked = f" and {params.max_tokens} tokens of answer were asked for" if params.max_tokens else ""
             raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens; the prompt has {num_prompt}{asked}.",
+                f"This model's maximum context length is {self.max_model_len} tokens; "
+                f"the prompt has {num_prompt}{asked}.",
                 param="messages",
             )
         request = replace(request, max_new_tokens=params.max_tokens or room)
@@ -128,15 +132,17 @@ class Engine:
 
     def _fitted(self, request: Request) -> Request:
         """Refuse a request that not even an empty server could hold; an open-ended answer is cut to what fits."""
-        needed = self._worst_case_bytes(request, 0)
         limit = self._manager.budget.limit_bytes
+        needed = self._worst_case_bytes(request, 0)
         if needed <= limit:
             return request
-        if request.sampling.max_tokens is None:
-            lowest = self._worst_case_bytes(replace(request, max_new_tokens=1), 0)
-            per_token = max(1, (needed - lowest) // max(1, request.max_new_tokens - 1))
-            if lowest <= limit:
-                return replace(request, max_new_tokens=max(1, (limit - lowest) // (per_token + 1)))
+        longest = bisect_right(
+            range(1, request.max_new_tokens + 1),
+            limit,
+            key=lambda n: self._worst_case_bytes(replace(request, max_new_tokens=n), 0),
+        )
+        if request.sampling.max_tokens is None and longest:
+            return replace(request, max_new_tokens=longest)
         raise MemoryExhaustedError(
             f"the request may need {needed} bytes of KV memory, the budget (--kv-host-memory) is {limit} bytes"
         )
@@ -260,7 +266,8 @@ class Engine:
                 self._fail_request(chunks[0].sequence.state, _as_server_error(error))
                 return False
             logger.warning("a step of %d sequences failed (%s); running them one by one", len(chunks), error)
-            return any([self._run_chunks([chunk]) for chunk in chunks])
+            ran = [self._run_chunks([chunk]) for chunk in chunks]  # all of them, whatever the first ones say
+            return any(ran)
         self._record_attention(chunks, result)
         self._finish_chunks(chunks, result)
         return True

@@ -59,14 +59,15 @@ class ModelRunner:
         dtype = resolve_dtype(config.dtype, self.hf_config, self.device)
         self.geometry = read_geometry(self.hf_config, dtype)
         started = time.perf_counter()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             revision=config.revision,
             dtype=dtype,
             attn_implementation=adapter.ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
             device_map={"": self.device} if self.device.type == "cuda" else None,
-        ).eval()
+        )
+        self._model = model.eval()
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
         self.max_position = int(getattr(self.hf_config.get_text_config(decoder=True), "max_position_embeddings", 0))
         self.end_ids = read_end_ids(config, self.hf_config)
@@ -131,7 +132,8 @@ class ModelRunner:
             logits_to_keep=torch.tensor(wanted, device=self.device, dtype=torch.int64),
             step=step,
         )
-        return output.logits[0].float().cpu()
+        logits: Tensor = output.logits[0].float().cpu()
+        return logits
 
     def prefill_done(self, context: Context) -> None:
         """Tell the attention method that the context's prompt is committed."""
@@ -166,7 +168,7 @@ def resolve_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtyp
 def read_end_ids(config: EngineConfig, hf_config: Any) -> frozenset[int]:
     """All end-of-sequence ids: of the generation config where there is one, else of the config."""
     try:
-        eos = GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(config.model, revision=config.revision or "main").eos_token_id
     except OSError:
         eos = None
     eos = eos if eos is not None else hf_config.get_text_config(decoder=True).eos_token_id
