@@ -59,7 +59,6 @@ def register() -> None:
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
     """Causality is the attention function's own; no mask is ever materialised."""
-    return None
 
 
 def attention_forward(
@@ -114,7 +113,9 @@ def read_geometry(config: PretrainedConfig, dtype: torch.dtype) -> Geometry:
     layer_types = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UnsupportedModelError(f"{config.model_type}: layers of type {', '.join(sorted(unknown))} are not supported")
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers of type {', '.join(sorted(unknown))} are not supported"
+        )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(f"{config.model_type}: multi-head latent attention is not supported")
     if getattr(text, "attn_logit_softcapping", None):

@@ -149,9 +149,10 @@ class SegmentStore:
             is_shorter = sibling is not segment and sibling.num_tokens < segment.num_tokens
             if not is_shorter or sibling.num_references or sibling.index_state == "building":
                 continue
-            if (sibling.salt, sibling.parent_limit) == (segment.salt, segment.parent_limit):
-                if common_prefix(sibling.token_ids, segment.token_ids) == sibling.num_tokens:
-                    self.remove(sibling)
+            if (sibling.salt, sibling.parent_limit) != (segment.salt, segment.parent_limit):
+                continue
+            if common_prefix(sibling.token_ids, segment.token_ids) == sibling.num_tokens:
+                self.remove(sibling)
 
     def longest_prefix(self, token_ids: TokenIds, salt: str) -> Path:
         """The path that covers the longest prefix of `token_ids` among segments of that salt."""

@@ -20,10 +20,10 @@ class AttentionMethod(ABC):
     def select(self, context: Context) -> list[Run]:
         """Disjoint runs the newest token attends to; it is written to the tail but not committed yet."""
 
-    def observe(self, context: Context, layer_idx: int, queries: Tensor) -> None:
+    def observe(self, context: Context, layer_idx: int, queries: Tensor) -> None:  # noqa: B027 - a hook, not a duty
         """See the queries `[num_q_heads, n, head_dim]` of a prefill chunk, before it is committed."""
 
-    def prefill_done(self, context: Context, scale: float) -> None:
+    def prefill_done(self, context: Context, scale: float) -> None:  # noqa: B027 - a hook, not a duty
         """The whole prompt is committed (and not sealed yet); decoding follows."""
 
 
