@@ -58,7 +58,7 @@ class Tokenizer:
         """Loads from a folder or hub name. Raises OSError or ValueError when there is none."""
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         try:
-            generation = GenerationConfig.from_pretrained(model, revision=revision).to_diff_dict()
+            generation = GenerationConfig.from_pretrained(model, revision=revision or "main").to_diff_dict()
         except OSError:  # many checkpoints have none
             generation = {}
         template = chat_template_file.read_text() if chat_template_file else None
@@ -68,6 +68,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether messages can be rendered."""
         return bool(self._chat_template or self._model.chat_template)
+
+    @property
+    def knows_developer_role(self) -> bool:
+        """Whether the chat template treats OpenAI's `developer` messages itself."""
+        return "developer" in str(self._chat_template or self._model.chat_template)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of `text`; long texts are encoded on a thread."""

@@ -1,0 +1,23 @@
+"""What the OpenAPI document says about answers besides the plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.api.wire.errors import ErrorEnvelope
+
+_REASONS = {
+    400: "The request is wrong, or asks for something that is not supported; `param` names the field.",
+    401: "An API key is needed.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "Too many requests wait; try again after Retry-After seconds.",
+    500: "A defect of the server; its log has the cause.",
+    503: "The engine is dead, shutting down or out of memory.",
+    504: "The request took longer than --request-timeout.",
+}
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
+}
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

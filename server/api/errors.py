@@ -1,0 +1,100 @@
+"""Every error as OpenAI's envelope, whoever raised it: ours, the router's, or the validation's."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from server.api.wire.errors import ErrorEnvelope, ErrorInfo
+from server.errors import InvalidRequestError, ServerError, UnsupportedFieldError
+
+logger = logging.getLogger("server.api")
+
+_ROUTER_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+def envelope(error: ServerError) -> str:
+    """The error as JSON."""
+    info = ErrorInfo(message=error.message, type=error.error_type, param=error.param, code=error.code)
+    return ErrorEnvelope(error=info).model_dump_json()
+
+
+def error_response(error: ServerError, headers: Mapping[str, str] | None = None) -> Response:
+    """The error as an HTTP answer; 429 and 503 carry Retry-After, 401 the scheme."""
+    named = dict(headers or {})
+    if error.retry_after_seconds is not None:
+        named["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        named["WWW-Authenticate"] = "Bearer"
+    return Response(envelope(error), error.status, named, media_type="application/json")
+
+
+def internal_error(error: BaseException) -> ServerError:
+    """What a caller is told about a defect of ours; the log has the rest."""
+    logger.error("unexpected error", exc_info=error)
+    return ServerError("an internal error occurred; the server's log has its cause")
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
+    """The first thing that is wrong with a body, naming its field."""
+    first = errors[0]
+    kind, message = str(first["type"]), str(first["msg"]).removeprefix("Value error, ")
+    param = _param(first["loc"]) or _quoted(message)
+    if kind == "json_invalid":
+        return InvalidRequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}")
+    if kind == "extra_forbidden":
+        return UnsupportedFieldError(f"unknown field '{param}'", code="unknown_parameter", param=param)
+    if kind == "unsupported_parameter":
+        name = first.get("ctx", {}).get("name") or _quoted(message)
+        return UnsupportedFieldError(message, param=".".join(filter(None, [_param(first["loc"]), name])))
+    return InvalidRequestError(
+        f"'{param}': {message}" if param and f"'{param}'" not in message else message, param=param
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+
+    @app.exception_handler(ServerError)
+    async def _ours(request: Request, error: ServerError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return error_response(validation_error(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def _router(request: Request, error: HTTPException) -> Response:
+        code = _ROUTER_CODES.get(error.status_code, "invalid_request_error")
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        info = ErrorInfo(
+            message=f"{error.detail}: {request.method} {request.url.path}", type=kind, param=None, code=code
+        )
+        body = ErrorEnvelope(error=info).model_dump_json()
+        return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
+
+    @app.exception_handler(Exception)
+    async def _defect(request: Request, error: Exception) -> Response:
+        return error_response(internal_error(error), {"X-Request-Id": request.state.request_id})
+
+
+def _param(loc: Sequence[str | int]) -> str | None:
+    """`messages[0].content` of a pydantic location; names of union members are left out."""
+    path = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif re.fullmatch(r"[a-z_0-9]+", part) and part not in {"str", "int", "float", "bool"}:
+            path += f".{part}" if path else part
+    return path or None
+
+
+def _quoted(message: str) -> str | None:
+    match = re.search(r"'([a-z_0-9]+)'", message)
+    return match.group(1) if match else None

@@ -1,0 +1,41 @@
+"""What the API needs of an engine, as protocols; `server.engine.engine.Engine` is the real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from server.engine.events import Event
+from server.engine.request import Request
+
+
+class StreamFace(Protocol):
+    """The events of one request; ends after Done or Failure. Used on the event loop only."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """The events in order."""
+
+    def abort(self) -> None:
+        """Drops the request within one step; may be called any time and more than once."""
+
+
+class EngineFace(Protocol):
+    """Takes requests and streams events back. Used on the event loop only."""
+
+    @property
+    def model_name(self) -> str:
+        """Folder or hub name of the model."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread still runs."""
+
+    def submit(self, request: Request) -> StreamFace:
+        """Queues a request. Raises ContextLengthError, RateLimitError, MemoryExhaustedError, UnavailableError."""
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuses new requests, lets running ones finish, then fails the rest as `shutting_down`."""

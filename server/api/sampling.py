@@ -1,0 +1,83 @@
+"""From wire fields to the engine's request: defaults, and what must hold for this model's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.api.service import Service
+from server.api.streaming import TextOptions
+from server.api.wire.generation import GenerationRequest
+from server.engine.request import Request, SamplingParams
+from server.errors import InvalidRequestError
+
+# Checkpoints set these in generation_config.json; they stand where a request says nothing, as in vLLM.
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def engine_request(
+    body: GenerationRequest,
+    prompt_token_ids: Sequence[int],
+    request_id: str,
+    service: Service,
+    session_header: str | None,
+) -> Request:
+    """Raises InvalidRequestError for an empty prompt or ids outside of the vocabulary."""
+    if not prompt_token_ids:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt_token_ids),
+        sampling=sampling_params(body, service),
+        session_id=body.prompt_cache_key or session_header,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+    )
+
+
+def text_options(body: GenerationRequest) -> TextOptions:
+    """How the answer's tokens become text."""
+    return TextOptions(
+        stops=body.stops,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
+
+
+def sampling_params(body: GenerationRequest, service: Service) -> SamplingParams:
+    """Raises InvalidRequestError for ids outside of the vocabulary."""
+    defaults = SamplingParams()
+    chosen = {name: getattr(body, name) for name in MODEL_DEFAULTS}
+    merged = {
+        name: service.sampling_defaults.get(name, getattr(defaults, name)) if value is None else value
+        for name, value in chosen.items()
+    }
+    bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
+    stop_token_ids = tuple(body.stop_token_ids or ())
+    check_token_ids([token_id for token_id, _ in bias], service, "logit_bias")
+    check_token_ids(stop_token_ids, service, "stop_token_ids")
+    return SamplingParams(
+        n=body.n or 1,
+        max_tokens=body.max_new_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=float(merged["temperature"]),
+        top_p=float(merged["top_p"]),
+        top_k=int(merged["top_k"]),
+        min_p=float(merged["min_p"]),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=float(merged["repetition_penalty"]),
+        seed=body.seed,
+        logit_bias=bias,
+        num_logprobs=body.num_logprobs,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def check_token_ids(token_ids: Sequence[int], service: Service, param: str) -> None:
+    """Raises InvalidRequestError when one is not in the vocabulary."""
+    highest = max(token_ids, default=0)
+    if highest >= service.tokenizer.vocab_size:
+        raise InvalidRequestError(
+            f"token id {highest} is not in the vocabulary of {service.tokenizer.vocab_size} tokens", param=param
+        )

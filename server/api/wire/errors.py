@@ -1,0 +1,20 @@
+"""OpenAI's error envelope."""
+
+from __future__ import annotations
+
+from server.api.wire.base import WireResponse
+
+
+class ErrorInfo(WireResponse):
+    """What went wrong: `param` names the field, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(WireResponse):
+    """Body of every answer that is not a success."""
+
+    error: ErrorInfo

@@ -1,0 +1,141 @@
+"""The fields that chat and text completions share: sampling, stopping, streaming, sessions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+
+from server.api.wire.base import WireRequest, WireResponse
+
+INT64 = 2**63
+MAX_N = 128  # OpenAI's
+MAX_STOPS = 64
+MAX_LOGPROBS = 20  # OpenAI's
+
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError(f"'{key[:32]}' is not a token id")
+    return bias
+
+
+class StreamOptions(WireRequest):
+    """What a stream carries besides the text."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False,),
+    }
+
+    include_usage: bool = False
+
+
+class GenerationRequest(WireRequest):
+    """Common part of both completion endpoints; null means the default, as in OpenAI's API."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "early_stopping": (False,),
+        "guided_choice": (),
+        "guided_decoding_backend": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_whitespace_pattern": (),
+        "kv_transfer_params": (),
+        "length_penalty": (1, 1.0),
+        "logits_processors": ([],),
+        "prompt_logprobs": (),
+        "response_format": ({"type": "text"},),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "spaces_between_special_tokens": (True,),
+        "structured_outputs": (),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
+
+    model: Name | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    min_tokens: int | None = Field(None, ge=0, lt=INT64)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    logit_bias: Annotated[dict[str, Bias], AfterValidator(_token_ids)] | None = Field(None, max_length=1024)
+
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    user: str | None = None
+    priority: int | None = Field(None, ge=-INT64, lt=INT64)
+    cache_salt: Name | None = None
+    prompt_cache_key: Name | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is only allowed with 'stream': true")
+        if self.min_tokens and self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
+            raise ValueError(f"'min_tokens' ({self.min_tokens}) exceeds 'max_tokens' ({self.max_new_tokens})")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit of one choice, whatever the field is called; None: what fits."""
+        return self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported per token; None: no log-probabilities at all."""
+        return None
+
+
+class PromptTokensDetails(WireResponse):
+    """Of the prompt's tokens, those that were not read again."""
+
+    cached_tokens: int
+
+
+class RetrievalDetails(WireResponse):
+    """Our extension: keys scored exactly over keys visible, while decoding; null when nothing was decoded."""
+
+    share_scanned: float | None
+
+
+class UsageInfo(WireResponse):
+    """Tokens a request took, over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    retrieval_details: RetrievalDetails

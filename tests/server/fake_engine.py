@@ -1,0 +1,118 @@
+"""An engine that plays back scripted events, with the face of the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from server.engine.events import Done, Event, Failure, Finish, Progress, Token, TokenLogprob, Usage
+from server.engine.request import Request
+from server.engine.tokenizer import Tokenizer
+from server.errors import ServerError
+
+Script = Callable[[Request], list[Event]]
+
+
+class FakeStream:
+    """Gives its events out, then ends after Done or Failure; without one it waits to be aborted."""
+
+    def __init__(self, events: list[Event], request: Request) -> None:
+        self._events = list(events)
+        self._request = request
+        self._changed = asyncio.Event()
+        self._is_over = False
+        self.num_aborts = 0
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._is_over:
+            raise StopAsyncIteration
+        await asyncio.sleep(0)
+        while not self._events:
+            self._changed.clear()
+            await self._changed.wait()
+        event = self._events.pop(0)
+        self._is_over = isinstance(event, Done | Failure)
+        return event
+
+    def abort(self) -> None:
+        self.num_aborts += 1
+        if self.num_aborts == 1 and not self._is_over:
+            self._events = [Finish(i, "abort") for i in range(self._request.sampling.n)]
+            self.push(Done(Usage(len(self._request.prompt_token_ids), 0, 0, None)))
+
+    def push(self, *events: Event) -> None:
+        self._events.extend(events)
+        self._changed.set()
+
+
+class FakeEngine:
+    """Answers every request with `script(request)`; `refusal`, when set, is raised by `submit`."""
+
+    def __init__(self, script: Script) -> None:
+        self.model_name = "/models/fake"
+        self.max_model_len = 4096
+        self.is_alive = True
+        self.script = script
+        self.refusal: ServerError | None = None
+        self.requests: list[Request] = []
+        self.streams: list[FakeStream] = []
+        self.submitted = asyncio.Event()
+
+    def submit(self, request: Request) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        stream = FakeStream(self.script(request), request)
+        self.requests.append(request)
+        self.streams.append(stream)
+        self.submitted.set()
+        return stream
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.is_alive = False
+
+
+def says(
+    tokenizer: Tokenizer, *texts: str, cached: int = 0, has_progress: bool = False, has_logprobs: bool = False
+) -> Script:
+    """A script: choice i answers texts[i % len(texts)] and ends with eos, or by length with `ignore_eos`."""
+
+    def script(request: Request) -> list[Event]:
+        num_prompt = len(request.prompt_token_ids)
+        events: list[Event] = [Progress(i * num_prompt // 2, num_prompt) for i in range(3)] if has_progress else []
+        num_tokens = 0
+        for choice in range(request.sampling.n):
+            token_ids = _encode(tokenizer, texts[choice % len(texts)])
+            answer = answer_events(choice, token_ids, tokenizer, request, has_logprobs)
+            num_tokens += sum(isinstance(event, Token) for event in answer)
+            events += answer
+        return [*events, Done(Usage(num_prompt, cached, num_tokens, 0.25))]
+
+    return script
+
+
+def answer_events(
+    choice: int, token_ids: Sequence[int], tokenizer: Tokenizer, request: Request, has_logprobs: bool = False
+) -> list[Event]:
+    """Tokens and finish of one choice."""
+    (eos,) = tokenizer.eos_token_ids
+    limit = request.sampling.max_tokens
+    is_cut = request.sampling.ignore_eos or (limit is not None and limit <= len(token_ids))
+    shown = list(token_ids)[:limit] + ([] if is_cut else [eos])
+    scored = has_logprobs and request.sampling.num_logprobs is not None
+    tokens: list[Event] = [
+        Token(
+            choice,
+            token_id,
+            TokenLogprob(token_id, -0.5) if scored else None,
+            tuple(TokenLogprob((token_id + i) % 300, -0.5 - i) for i in range(request.sampling.num_logprobs or 0)),
+        )
+        for token_id in shown
+    ]
+    return [*tokens, Finish(choice, "length" if is_cut else "stop", None if is_cut else eos)]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tokenizer._encode(text, False)
