@@ -7,15 +7,15 @@ Registered by an explicit call. The step's state arrives as the forward keyword 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from retrieval.context import Context
-from retrieval.decode import DecodeStats, attend_decode
+from retrieval.context import Context, Run
+from retrieval.decode import Decoder, DecodeRow, DecodeStats
 from retrieval.geometry import Geometry
 from retrieval.methods import AttentionMethod
 from retrieval.methods.base import clip_runs
@@ -35,20 +35,32 @@ class Span:
     context: Context
     row: int
     num_tokens: int
-    is_decode: bool
 
 
-@dataclass(slots=True)
 class Step:
-    """What the attention function needs for one forward pass."""
+    """What the attention function needs for one forward pass: decode spans first, one token each."""
 
-    spans: list[Span]
-    method: AttentionMethod
-    num_retrieved: int
-    stats: DecodeStats = field(default_factory=DecodeStats)  # filled by the attention function
-    decode_seconds: float = 0.0  # summed over layers, filled by the attention function
-    queries: dict[int, Tensor] = field(default_factory=dict)  # layer -> packed queries, kept for layers asked for
-    keep_queries_of: int | None = None  # layer
+    def __init__(self, decodes: list[Span], prefills: list[Span], method: AttentionMethod, decoder: Decoder) -> None:
+        self.decodes, self.prefills = decodes, prefills
+        self.method, self.decoder = method, decoder
+        self.stats = DecodeStats()  # filled by the attention function
+        self.decode_seconds = 0.0  # summed over layers, filled by the attention function
+        self.keep_queries_of: int | None = None  # layer whose decode queries are kept, set by the runner
+        self.kept_queries: Tensor | None = None  # [num_decodes, num_q_heads, head_dim]
+        self._rows: dict[int | None, list[DecodeRow]] = {}
+
+    def rows(self, sliding_window: int | None) -> list[DecodeRow]:
+        """What each decode token sees; the same in all layers of one window, so chosen once a step."""
+        if sliding_window not in self._rows:
+            self._rows[sliding_window] = [
+                DecodeRow(s.context, self._select(s.context, sliding_window)) for s in self.decodes
+            ]
+        return self._rows[sliding_window]
+
+    def _select(self, context: Context, window: int | None) -> list[Run]:
+        if window is not None and context.num_tokens + 1 > window:
+            return clip_runs(context.runs(num_new=1), context.num_tokens + 1 - window)
+        return self.method.select(context)
 
 
 def register() -> None:
@@ -83,28 +95,27 @@ def attention_forward(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = query[0], key[0], value[0]
     out = torch.empty_like(q)
-    if step.keep_queries_of == layer_idx:
-        step.queries[layer_idx] = q
-    for span in step.spans:
+    for span in (*step.decodes, *step.prefills):
         rows = slice(span.row, span.row + span.num_tokens)
         span.context.tail.write(layer_idx, k[:, rows], v[:, rows])
-        if span.is_decode:
-            out[:, rows] = _decode(q[:, span.row], span.context, layer_idx, scale, sliding_window, step)[:, None]
-        else:
-            step.method.observe(span.context, layer_idx, q[:, rows])
-            out[:, rows] = attend_chunk(q[:, rows], span.context, layer_idx, scale, sliding_window)
+    if step.decodes:
+        out[:, : len(step.decodes)] = _decode(q, layer_idx, scale, sliding_window, step)
+    for span in step.prefills:
+        rows = slice(span.row, span.row + span.num_tokens)
+        step.method.observe(span.context, layer_idx, q[:, rows])
+        out[:, rows] = attend_chunk(q[:, rows], span.context, layer_idx, scale, sliding_window)
     return out.transpose(0, 1)[None], None
 
 
-def _decode(q: Tensor, context: Context, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:
+def _decode(q: Tensor, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:
+    """The first `num_decodes` rows of `q [num_q_heads, num_tokens, head_dim]`; returns the same layout."""
     started = time.perf_counter()
-    if window is not None and context.num_tokens + 1 > window:
-        runs = clip_runs(context.runs(num_new=1), context.num_tokens + 1 - window)
-    else:
-        runs = step.method.select(context)
-    out = attend_decode(q, runs, layer_idx, scale, step.num_retrieved, step.stats)
+    queries = q[:, : len(step.decodes)].transpose(0, 1).contiguous()
+    if step.keep_queries_of == layer_idx:
+        step.kept_queries = queries
+    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, step.stats)
     step.decode_seconds += time.perf_counter() - started
-    return out
+    return out.transpose(0, 1)
 
 
 def read_geometry(config: PretrainedConfig, dtype: torch.dtype) -> Geometry:

@@ -56,6 +56,7 @@ class Context:
         self.salt = salt
         self.device = device  # where the model computes, and the tail lives once the prompt is sealed
         self.method_state: Any = None  # owned by the attention method
+        self.decode_cache: Any = None  # owned by the decoder
         self.query_sample: Any = None  # owned by the prefill attention, read by the index builder
         self._store = store
         self._closed = False
@@ -140,7 +141,7 @@ class Context:
         self._closed = True
         for entry in self.path:
             entry.segment.num_references -= 1
-        self.path = ()
+        self.path, self.decode_cache = (), None
         self.tail = KvBuffer(self.geometry, 1, torch.device("cpu"))
 
 

@@ -1,17 +1,20 @@
 """Attention of one decode token per sequence over its selected runs, merged exactly in float32.
 
-Exact runs go through one block kernel each; an indexed run through its segment's index per KV head.
-Runs on a device are attended there; host runs on the CPU, and only `(out, lse)` travel.
+Two decoders behind one interface: `NativeDecoder` hands a whole layer of a whole batch to the C++ core;
+`TorchDecoder`, its twin and the way of other devices, goes run by run. Indexes of the contract (one per KV
+head) are attended one by one in both. Runs on a device are attended there; only `(out, lse)` travel.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrieval.context import Run
+from retrieval.context import Context, Run
 from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_grouped
 
@@ -25,25 +28,71 @@ class DecodeStats:
     num_retrieved: int = 0
 
     def add(self, visible: int, scored: int, retrieved: int) -> None:
-        """Count one run."""
+        """Count one part."""
         self.num_visible += visible
         self.num_scored += scored
         self.num_retrieved += retrieved
 
 
-def attend_decode(
-    queries: Tensor, runs: list[Run], layer_idx: int, scale: float, num_retrieved: int, stats: DecodeStats
-) -> Tensor:
-    """queries `[num_q_heads, head_dim]` of one sequence; returns float32 `[num_q_heads, head_dim]`."""
-    partials = [empty_partial(tuple(queries.shape), queries.device)]
-    for run in runs:
-        if run.indexed is None:
-            partials.append(_attend_exact(queries, run, layer_idx, scale))
-            count = (run.end - run.begin) * queries.shape[0]
-            stats.add(count, count, count)
-        else:
-            partials.append(_attend_indexed(queries, run, layer_idx, scale, num_retrieved, stats))
-    return merge(partials)[0]
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One sequence's decode token: what it sees in one kind of layer."""
+
+    context: Context
+    runs: list[Run]
+
+
+class Decoder(ABC):
+    """Attends one token of each sequence in one layer."""
+
+    def __init__(self, num_retrieved: int) -> None:
+        self._num_retrieved = num_retrieved
+
+    @abstractmethod
+    def attend(
+        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+    ) -> Tensor:
+        """queries `[num_seqs, num_q_heads, head_dim]`, one row each; float32 output of the same shape."""
+
+    def _attend_heads(self, queries: Tensor, run: Run, layer_idx: int, scale: float, stats: DecodeStats) -> Partial:
+        """Search a segment's index of each KV head up to the run's end: queries `[num_q_heads, head_dim]`."""
+        assert run.indexed is not None
+        index = run.indexed.index
+        values = run.kv.values[layer_idx]
+        grouped = queries.to("cpu").reshape(values.shape[0], -1, values.shape[-1])  # [num_kv_heads, group, d]
+        outs, lses = [], []
+        for kv_head in range(values.shape[0]):
+            head_index, head_values = index.head(layer_idx, kv_head), values[kv_head, index.begin :]
+            out, lse, cost = head_index.attend(
+                grouped[kv_head], head_values, self._num_retrieved, scale, run.end - index.begin
+            )
+            stats.add(cost.num_keys * cost.num_queries, cost.num_scored, cost.num_retrieved)
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs).to(queries.device), torch.cat(lses).to(queries.device)
+
+
+class TorchDecoder(Decoder):
+    """Run by run with torch: the oracle of the native decoder, and what serves other devices."""
+
+    def attend(
+        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+    ) -> Tensor:
+        """As `Decoder.attend`."""
+        return torch.stack(
+            [self._attend_row(q, row.runs, layer_idx, scale, stats) for q, row in zip(queries, rows, strict=True)]
+        )
+
+    def _attend_row(self, queries: Tensor, runs: list[Run], layer_idx: int, scale: float, stats: DecodeStats) -> Tensor:
+        partials = [empty_partial(tuple(queries.shape), queries.device)]
+        for run in runs:
+            if run.indexed is not None:
+                partials.append(self._attend_heads(queries, run, layer_idx, scale, stats))
+            else:
+                partials.append(_attend_exact(queries, run, layer_idx, scale))
+                count = (run.end - run.begin) * queries.shape[0]
+                stats.add(count, count, count)
+        return merge(partials)[0]
 
 
 def _attend_exact(queries: Tensor, run: Run, layer_idx: int, scale: float) -> Partial:
@@ -54,21 +103,60 @@ def _attend_exact(queries: Tensor, run: Run, layer_idx: int, scale: float) -> Pa
     return out[:, 0].to(queries.device), lse[:, 0].to(queries.device)
 
 
-def _attend_indexed(
-    queries: Tensor, run: Run, layer_idx: int, scale: float, num_retrieved: int, stats: DecodeStats
-) -> Partial:
-    """Search the segment's index of each KV head up to the run's end."""
-    assert run.indexed is not None
-    index = run.indexed.index
-    values = run.kv.values[layer_idx]
-    grouped = queries.to("cpu").reshape(values.shape[0], -1, values.shape[-1])  # [num_kv_heads, group, d]
-    limit = run.end - index.begin
-    outs, lses = [], []
-    for kv_head, head_index in enumerate(index.layers[layer_idx]):
-        head_values = values[kv_head, index.begin :]
-        out, lse, cost = head_index.attend(grouped[kv_head], head_values, num_retrieved, scale, limit)
-        stats.add(cost.num_keys * cost.num_queries, cost.num_scored, cost.num_retrieved)
-        outs.append(out)
-        lses.append(lse)
-    device = queries.device
-    return torch.cat(outs).to(device), torch.cat(lses).to(device)
+@dataclass(slots=True)
+class _BoundParts:
+    """A context's runs as the core's parts, `layers[layer]`, valid while `signature` holds."""
+
+    signature: tuple[Any, ...]
+    layers: list[list[Any]]
+    ranges: list[tuple[int, int]]
+
+
+class NativeDecoder(Decoder):
+    """The C++ core's `attend_layer`: exact runs and runs behind layer codes in one call. CPU contexts only."""
+
+    def __init__(self, num_retrieved: int, core: Any) -> None:
+        super().__init__(num_retrieved)
+        self._core = core
+        self._budget = core.Budget(k=num_retrieved)
+
+    def attend(
+        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+    ) -> Tensor:
+        """As `Decoder.attend`."""
+        parts = [self._parts(row.context, row.runs)[layer_idx] for row in rows]
+        out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:-1])
+        cost = self._core.attend_layer(queries.contiguous(), parts, scale, out, lse, self._budget)
+        stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
+        for i, row in enumerate(rows):
+            others = [run for run in row.runs if not _is_native(run)]
+            if others:
+                found = [self._attend_heads(queries[i], run, layer_idx, scale, stats) for run in others]
+                out[i] = merge([(out[i], lse[i]), *found])[0]
+        return out
+
+    def _parts(self, context: Context, runs: list[Run]) -> list[list[Any]]:
+        """Parts of all layers; between steps mostly only ranges move, so the parts themselves are kept."""
+        native = [run for run in runs if _is_native(run)]
+        signature = tuple((id(run.kv), run.kv.keys.data_ptr(), id(run.indexed)) for run in native)
+        bound = context.decode_cache
+        if bound is None or bound.signature != signature:
+            layers = [[self._bind(run, layer) for run in native] for layer in range(context.geometry.num_layers)]
+            bound = context.decode_cache = _BoundParts(signature, layers, [(r.begin, r.end) for r in native])
+            return bound.layers
+        for i, run in enumerate(native):
+            if bound.ranges[i] != (run.begin, run.end):
+                bound.ranges[i] = (run.begin, run.end)
+                for parts in bound.layers:
+                    parts[i].begin = 0  # so that no order of ends and begins is refused half-way
+                    parts[i].end, parts[i].begin = run.end, run.begin
+        return bound.layers
+
+    def _bind(self, run: Run, layer_idx: int) -> Any:
+        codes = run.indexed.index.codes(layer_idx) if run.indexed is not None else None
+        return self._core.Part(run.kv.keys[layer_idx], run.kv.values[layer_idx], run.begin, run.end, codes)
+
+
+def _is_native(run: Run) -> bool:
+    """Exact, or indexed by layer codes."""
+    return run.indexed is None or hasattr(run.indexed.index, "codes")

@@ -71,6 +71,7 @@ class Metrics:
 
     def _define_retrieval(self) -> None:
         self._index_seconds = self._histogram("index_build_seconds", "Building a segment's indexes.", _LONG, "kind")
+        self._index_pending = self._gauge("index_builds_pending", "Segments waiting for an index or being indexed.")
         self._indexed_keys = self._counter("index_keys", "Keys indexed, per segment.", "kind")
         self._layer_seconds = self._histogram("attention_layer_seconds", "Decode attention of one layer.", _LAYER)
         self._visible = self._counter("keys_visible", "Keys decode steps could see.")
@@ -148,6 +149,9 @@ class Metrics:
     def index_build(self, kind: str, seconds: float, num_keys: int) -> None:
         self._index_seconds.labels(kind).observe(seconds)
         self._indexed_keys.labels(kind).inc(num_keys)
+
+    def index_builds_pending(self, num_segments: int) -> None:
+        self._index_pending.set(num_segments)
 
     def attention(self, layer_seconds: float, num_visible: int, num_scored: int, num_retrieved: int) -> None:
         self._layer_seconds.observe(layer_seconds)

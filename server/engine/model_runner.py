@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from retrieval import adapter
 from retrieval.adapter import Span, Step, read_geometry
 from retrieval.context import Context
+from retrieval.decode import Decoder
 from retrieval.methods import AttentionMethod
 from retrieval.probe import LiveProbe
 from server.engine.config import EngineConfig
@@ -51,10 +52,10 @@ class StepResult:
 class ModelRunner:
     """A causal language model whose attention reads and writes contexts."""
 
-    def __init__(self, config: EngineConfig, method: AttentionMethod) -> None:
+    def __init__(self, config: EngineConfig, method: AttentionMethod, decoder: Decoder) -> None:
         adapter.register()
         self.device = resolve_device(config.device)
-        self._method, self._num_retrieved = method, config.num_retrieved
+        self._method, self._decoder = method, decoder
         self.hf_config = load_config(config)
         dtype = resolve_dtype(config.dtype, self.hf_config, self.device)
         self.geometry = read_geometry(self.hf_config, dtype)
@@ -85,24 +86,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
-        """One packed forward pass over all the work; commits every context when it has succeeded."""
-        spans, row = [], 0
+        """One packed forward pass, decodes first; commits every context when it has succeeded."""
+        decodes, prefills, row = [], [], 0
         for item in work:
             item.context.tail.reserve(len(item.tokens))
-            spans.append(Span(item.context, row, len(item.tokens), item.is_decode))
+            (decodes if item.is_decode else prefills).append(Span(item.context, row, len(item.tokens)))
             row += len(item.tokens)
-        step = Step(spans, self._method, self._num_retrieved, keep_queries_of=self._sampled_layer(spans))
-        wanted = [s.row + s.num_tokens - 1 for s, item in zip(spans, work, strict=True) if item.wants_logits]
-        logits = self._forward(work, wanted, step)
+        step = Step(decodes, prefills, self._method, self._decoder)
+        step.keep_queries_of = self._sampled_layer(len(decodes))
+        ends = [span.row + span.num_tokens - 1 for span in (*decodes, *prefills)]
+        logits = self._forward(work, [end for end, item in zip(ends, work, strict=True) if item.wants_logits], step)
         self._probe_queries(step)
         for item in work:
             item.context.tail.commit(len(item.tokens))
         stats = step.stats
         return StepResult(logits, step.decode_seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
 
-    def _sampled_layer(self, spans: list[Span]) -> int | None:
+    def _sampled_layer(self, num_decodes: int) -> int | None:
         """A random layer to check exactly, every `live_recall_interval` steps that decode."""
-        if self.probe is None or not any(s.is_decode for s in spans):
+        if self.probe is None or not num_decodes:
             return None
         self._num_decode_steps += 1
         is_due = self._num_decode_steps % self._probe_interval == 0 and not self.probe.is_busy
@@ -110,15 +112,15 @@ class ModelRunner:
 
     def _probe_queries(self, step: Step) -> None:
         """Hand one random head's query of one indexed run to the live probe."""
-        layer_idx = step.keep_queries_of
-        if layer_idx is None or self.probe is None:
+        if step.kept_queries is None or step.keep_queries_of is None or self.probe is None:
             return
-        indexed = [(s, r) for s in step.spans if s.is_decode for r in self._method.select(s.context) if r.indexed]
+        rows = step.rows(self.geometry.sliding_windows[step.keep_queries_of])
+        indexed = [(i, run) for i, row in enumerate(rows) for run in row.runs if run.indexed is not None]
         if indexed:
-            span, run = self._random.choice(indexed)
+            i, run = self._random.choice(indexed)
             head = self._random.randrange(self.geometry.num_q_heads)
-            query = step.queries[layer_idx][head, span.row]
-            self.probe.submit(query, run, layer_idx, head // self.geometry.group_size)
+            query = step.kept_queries[i, head]
+            self.probe.submit(query, run, step.keep_queries_of, head // self.geometry.group_size)
 
     def _forward(self, work: list[Work], wanted: list[int], step: Step) -> Tensor:
         tokens = torch.tensor([t for item in work for t in item.tokens], device=self.device)
@@ -134,6 +136,11 @@ class ModelRunner:
         )
         logits: Tensor = output.logits[0].float().cpu()
         return logits
+
+    def close(self) -> None:
+        """Wait for the live check under way."""
+        if self.probe is not None:
+            self.probe.close()
 
     def prefill_done(self, context: Context) -> None:
         """Tell the attention method that the context's prompt is committed."""

@@ -37,7 +37,9 @@ class SamplerState:
     counts: Tensor | None  # float32 [vocab_size]: generated so far; only with penalties
 
 
-def make_state(params: SamplingParams, prompt: tuple[int, ...], choice: int, seed: int, vocab_size: int) -> SamplerState:
+def make_state(
+    params: SamplingParams, prompt: tuple[int, ...], choice: int, seed: int, vocab_size: int
+) -> SamplerState:
     """A fresh state; `seed` is the request's own or one drawn for it, choices differ."""
     generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * choice) % 2**63)
     mask = None

@@ -131,6 +131,11 @@ class SessionManager:
         """End a context of which nothing is kept."""
         context.close()
 
+    @property
+    def num_pending_builds(self) -> int:
+        """Segments waiting for their index or being indexed."""
+        return sum(s.index_state == "building" for s in self.store)
+
     def stats(self) -> ManagerStats:
         """Figures for metrics."""
         segments = list(self.store)

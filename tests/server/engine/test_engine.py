@@ -21,7 +21,7 @@ from server.errors import (
 async def settle(engine, limit: float = 10.0) -> None:
     """Wait until the engine has nothing to do."""
     for _ in range(int(limit / 0.01)):
-        if not engine._by_request and not engine._streams and not engine._inbox:
+        if not engine._worker._by_request and not engine._streams and not engine._inbox:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the engine is still busy")
@@ -31,8 +31,8 @@ def leaks(engine) -> dict[str, int]:
     """What must be zero when nothing runs."""
     return {
         "reserved": engine._manager.budget.reserved_bytes,
-        "running": len(engine._scheduler.running),
-        "waiting": len(engine._scheduler.waiting),
+        "running": len(engine._worker.scheduler.running),
+        "waiting": len(engine._worker.scheduler.waiting),
         "queued": len(engine._queued),
         "references": sum(s.num_references - len(s.children) for s in engine._manager.store),
     }
@@ -225,7 +225,7 @@ async def test_non_finite_logits_fail_that_request_alone(make_engine, prompt, ru
 
 async def test_dead_engine_fails_open_streams_and_refuses_new_ones(make_engine, prompt, monkeypatch):
     engine = make_engine()
-    monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+    monkeypatch.setattr(engine._worker.scheduler, "schedule", lambda: 1 / 0)
     stream = engine.submit(Request("a", prompt(10)))
     events = [event async for event in stream]
     assert isinstance(events[-1], Failure)
