@@ -87,11 +87,15 @@ Path = tuple[PathEntry, ...]
 
 
 def segment_digest(salt: str, parent: PathEntry | None, token_ids: TokenIds) -> bytes:
-    """Content address of a segment: BLAKE2b over salt, parent digest and limit, token ids."""
+    """Content address of a segment: BLAKE2b over salt, parent digest and limit, token ids.
+
+    Every part has a fixed or a stated length, so that no salt can be chosen to collide with another tenant's.
+    """
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(salt.encode() + b"\0")
-    if parent is not None:
-        digest.update(parent.segment.digest + parent.limit.to_bytes(8, "little"))
+    encoded = salt.encode()
+    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    above = parent.segment.digest + parent.limit.to_bytes(8, "little") if parent is not None else bytes(28)
+    digest.update(above)
     digest.update(token_ids.astype("<i4").tobytes())
     return digest.digest()
 
