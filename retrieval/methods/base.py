@@ -27,12 +27,13 @@ class AttentionMethod(ABC):
         """The whole prompt is committed (and not sealed yet); decoding follows."""
 
 
-def clip_runs(runs: list[Run], first: int) -> list[Run]:
-    """Only positions from absolute position `first` on; `runs` cover 0 .. end in order."""
+def clip_runs(runs: list[Run], first: int, end: int | None = None) -> list[Run]:
+    """Only positions from absolute position `first` on, before `end` if given; `runs` cover 0 .. in order."""
     clipped, offset = [], 0
     for run in runs:
-        begin = min(max(run.begin, run.begin + first - offset), run.end)
-        if begin < run.end:
-            clipped.append(Run(run.kv, begin, run.end, run.indexed))
+        begin = max(run.begin, run.begin + first - offset)
+        stop = run.end if end is None else min(run.end, run.begin + end - offset)
+        if begin < stop:
+            clipped.append(Run(run.kv, begin, stop, run.indexed))
         offset += run.end - run.begin
     return clipped

@@ -17,5 +17,4 @@ class StreamingAttention(AttentionMethod):
         window_begin = context.num_tokens + 1 - context.static.window_size
         if window_begin <= context.static.num_sink_tokens:
             return runs
-        sink = Run(runs[0].kv, 0, min(context.static.num_sink_tokens, runs[0].end))
-        return [sink, *clip_runs(runs, window_begin)]
+        return [*clip_runs(runs, 0, context.static.num_sink_tokens), *clip_runs(runs, window_begin)]
