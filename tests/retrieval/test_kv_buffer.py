@@ -1,0 +1,86 @@
+"""Growing K/V storage: what was committed stays, what was not leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from retrieval.geometry import Geometry
+from retrieval.kv_buffer import KvBuffer
+
+CPU = torch.device("cpu")
+
+
+def test_geometry_counts_bytes_of_both_k_and_v(make_geometry: Any) -> None:
+    geometry: Geometry = make_geometry(num_layers=3, num_q_heads=8, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
+    assert geometry.group_size == 4
+    assert geometry.kv_bytes_per_token == 3 * 2 * 16 * 2 * 2
+
+
+def test_written_tokens_count_only_once_committed(world: Any) -> None:
+    buffer = world.kv(3)
+    world.extend(buffer, 2, commit=False)
+    assert (buffer.length, buffer.nbytes) == (3, 3 * world.geometry.kv_bytes_per_token)
+    buffer.commit(2)
+    assert (buffer.length, buffer.nbytes) == (5, 5 * world.geometry.kv_bytes_per_token)
+
+
+def test_a_pass_that_failed_half_way_is_overwritten(world: Any) -> None:
+    buffer = world.kv(3)
+    committed = buffer.keys[:, :, :3].clone()
+    world.extend(buffer, 2, commit=False)
+    world.extend(buffer, 4)
+    fresh = buffer.keys[:, :, 3:7].clone()
+    assert buffer.length == 7
+    assert torch.equal(buffer.keys[:, :, :3], committed)
+    assert not torch.equal(fresh[:, :, :2], torch.zeros_like(fresh[:, :, :2]))
+
+
+def test_growing_keeps_what_was_committed_and_doubles(world: Any) -> None:
+    buffer = world.kv(8)
+    keys, values = buffer.keys[:, :, :8].clone(), buffer.values[:, :, :8].clone()
+    buffer.reserve(1)
+    assert buffer.capacity == 16
+    buffer.reserve(100)
+    assert buffer.capacity == 108
+    assert torch.equal(buffer.keys[:, :, :8], keys)
+    assert torch.equal(buffer.values[:, :, :8], values)
+
+
+def test_reserving_what_fits_moves_nothing(world: Any) -> None:
+    buffer = KvBuffer(world.geometry, 10, CPU)
+    address = buffer.keys.data_ptr()
+    buffer.reserve(10)
+    assert buffer.keys.data_ptr() == address
+
+
+def test_a_reader_from_before_the_growth_still_sees_its_tokens(world: Any) -> None:
+    buffer = world.kv(4)
+    view = buffer.keys[1, :, :4]
+    expected = view.clone()
+    world.extend(buffer, 50)
+    assert torch.equal(view, expected)
+
+
+def test_write_without_room_is_refused(world: Any) -> None:
+    buffer = KvBuffer(world.geometry, 2, CPU)
+    new = world.randn(world.geometry.num_kv_heads, 3, world.geometry.head_dim)
+    with pytest.raises(RuntimeError):
+        buffer.write(0, new, new)
+
+
+def test_copy_range_appends_the_tokens_asked_for(world: Any) -> None:
+    source, target = world.kv(10), world.kv(2)
+    target.copy_range(source, 3, 9)
+    assert target.length == 8
+    assert torch.equal(target.keys[:, :, 2:8], source.keys[:, :, 3:9])
+    assert torch.equal(target.values[:, :, 2:8], source.values[:, :, 3:9])
+
+
+def test_an_empty_buffer_has_no_bytes_and_can_grow(world: Any) -> None:
+    buffer = KvBuffer(world.geometry, 0, CPU)
+    assert buffer.nbytes == 0
+    buffer.copy_range(world.kv(5), 0, 5)
+    assert buffer.length == 5
