@@ -210,7 +210,9 @@ def load(arguments: Sequence[str] = ()) -> Settings:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys, written with underscores")
-    return source(_cli_settings_source=CliSettingsSource(source, cli_parse_args=rest, root_parser=parser))
+    flags: Any = CliSettingsSource(source, cli_parse_args=rest, root_parser=parser)
+    hidden: dict[str, Any] = {"_cli_settings_source": flags}  # a keyword of BaseSettings that type checkers lose
+    return source(**hidden)
 
 
 def _sources(file: Path | None) -> type[Settings]:

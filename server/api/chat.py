@@ -20,6 +20,7 @@ from server.api.sampling import engine_request, text_options
 from server.api.service import Service, ServiceDep
 from server.api.streaming import Delta, TextUsage, Update
 from server.api.usage import usage_info
+from server.api.wire.base import Name
 from server.api.wire.chat import (
     AnswerMessage,
     ChatChoice,
@@ -30,7 +31,7 @@ from server.api.wire.chat import (
     ChunkChoice,
 )
 from server.api.wire.chat import Delta as WireDelta
-from server.api.wire.generation import Name, UsageInfo
+from server.api.wire.generation import UsageInfo
 from server.engine.events import Progress
 from server.engine.request import Request as EngineRequest
 from server.engine.tokenizer import Tokenizer

@@ -20,8 +20,9 @@ from server.api.sampling import check_token_ids, engine_request, text_options
 from server.api.service import Service, ServiceDep
 from server.api.streaming import Delta, ScoredToken, TextUsage, Update
 from server.api.usage import usage_info
+from server.api.wire.base import Name
 from server.api.wire.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
-from server.api.wire.generation import Name, UsageInfo
+from server.api.wire.generation import UsageInfo
 from server.engine.events import Progress
 from server.engine.request import Request as EngineRequest
 

@@ -21,7 +21,8 @@ _ROUTER_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_
 
 def envelope(error: ServerError) -> str:
     """The error as JSON."""
-    info = ErrorInfo(message=error.message, type=error.error_type, param=error.param, code=error.code)
+    message = error.message.encode(errors="replace").decode()
+    info = ErrorInfo(message=message, type=error.error_type, param=error.param, code=error.code)
     return ErrorEnvelope(error=info).model_dump_json()
 
 
@@ -43,7 +44,8 @@ def internal_error(error: BaseException) -> ServerError:
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     """The first thing that is wrong with a body, naming its field."""
-    first = errors[0]
+    field = errors[0]["loc"][:2]  # a union reports every member; the one that got furthest was meant
+    first = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
     kind, message = str(first["type"]), str(first["msg"]).removeprefix("Value error, ")
     param = _param(first["loc"]) or _quoted(message)
     if kind == "json_invalid":

@@ -182,11 +182,11 @@ async def _request_updates(
                     yield event
             case Token() | Finish():
                 delta = _advance(choices[event.choice], event)
-                if delta is not None:
-                    yield delta
                 num_running -= isinstance(event, Finish)
                 if num_running and all(choice.is_finished for choice in choices):
                     stream.abort()  # stop strings ended the rest; Done still tells the usage
+                if delta is not None:
+                    yield delta
             case Failure():
                 raise event.error
             case Done():

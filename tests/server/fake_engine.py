@@ -107,7 +107,7 @@ def answer_events(
             choice,
             token_id,
             TokenLogprob(token_id, -0.5) if scored else None,
-            tuple(TokenLogprob((token_id + i) % 300, -0.5 - i) for i in range(request.sampling.num_logprobs or 0)),
+            tuple(TokenLogprob((token_id + i) % tokenizer.vocab_size, -0.5 - i) for i in range(request.sampling.num_logprobs or 0)),
         )
         for token_id in shown
     ]

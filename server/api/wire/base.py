@@ -6,12 +6,25 @@ neutral values that ask for nothing and are let through; null always is.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_DEPTH = 64  # nesting of free-form JSON such as chat_template_kwargs
+
+
+def _is_unicode(text: str) -> str:
+    """JSON may escape half a surrogate pair, which no encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode: lone surrogate at character {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+Name = Annotated[Text, StringConstraints(min_length=1, max_length=512)]
 
 
 class WireRequest(BaseModel):
@@ -40,13 +53,15 @@ class WireResponse(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
-def check_depth(value: Any, depth: int = 0) -> Any:
-    """`value`, unless it nests deeper than `MAX_DEPTH` (ValueError)."""
+def check_json(value: Any, depth: int = 0) -> Any:
+    """`value`, unless it nests deeper than `MAX_DEPTH` or holds text that is not Unicode (ValueError)."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, str):
+        _is_unicode(value)
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for child in children:
-        check_depth(child, depth + 1)
+        check_json(child, depth + 1)
     return value
 
 

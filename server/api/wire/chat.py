@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from server.api.wire.base import WireRequest, WireResponse, check_depth
+from server.api.wire.base import Text, WireRequest, WireResponse, check_json
 from server.api.wire.generation import INT64, MAX_LOGPROBS, GenerationRequest, UsageInfo
 
 # Set by the server itself when it renders a template.
@@ -21,7 +21,7 @@ def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys())
     if reserved:
         raise ValueError(f"'{reserved[0]}' is set by the server")
-    check_depth(kwargs)
+    check_json(kwargs)
     return kwargs
 
 
@@ -32,7 +32,7 @@ class TextPart(WireRequest):
     """One part of a message; only text is supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(WireRequest):
@@ -49,9 +49,9 @@ class ChatMessage(WireRequest):
     }
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
@@ -102,7 +102,7 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs | None = None
-    safety_identifier: str | None = None
+    safety_identifier: Text | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.wire.base import WireResponse
+from server.api.wire.base import Text, WireResponse
 from server.api.wire.generation import MAX_LOGPROBS, GenerationRequest, TokenId, UsageInfo
 
 MAX_PROMPTS = 256
@@ -15,9 +15,9 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's, for this endpoint only
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompt = (
-    str
+    Text
     | TokenIds
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
 

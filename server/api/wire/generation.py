@@ -6,17 +6,16 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from server.api.wire.base import WireRequest, WireResponse
+from server.api.wire.base import Name, Text, WireRequest, WireResponse
 
 INT64 = 2**63
 MAX_N = 128  # OpenAI's
 MAX_STOPS = 64
 MAX_LOGPROBS = 20  # OpenAI's
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
@@ -88,7 +87,7 @@ class GenerationRequest(WireRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    user: str | None = None
+    user: Text | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)
     cache_salt: Name | None = None
     prompt_cache_key: Name | None = None

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from server.api.wire.base import WireRequest, WireResponse
+from server.api.wire.base import Name, Text, WireRequest, WireResponse
 from server.api.wire.chat import ChatMessage, TemplateKwargs
-from server.api.wire.generation import Name, TokenId
+from server.api.wire.generation import TokenId
 
 
 class TokenizeRequest(WireRequest):
@@ -21,7 +21,7 @@ class TokenizeRequest(WireRequest):
     }
 
     model: Name | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None  # vLLM's defaults: true for a prompt, false for messages
     add_generation_prompt: bool = True

@@ -111,7 +111,9 @@ async def test_choices_end_at_their_own_stop_strings(
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["one ", "three four"]
 
 
-async def test_text_of_a_stop_token_is_not_shown(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+async def test_text_of_a_stop_token_is_not_shown(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
     (the,) = await tokenizer.encode("the")
     engine.script = lambda request: [
         Token(0, X),
@@ -159,7 +161,9 @@ async def test_session_may_be_named_by_a_header(client: httpx.AsyncClient, engin
     assert [request.session_id for request in engine.requests] == ["from-header", "from-body"]
 
 
-async def test_checkpoint_sets_the_sampling_defaults(make_client: MakeClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+async def test_checkpoint_sets_the_sampling_defaults(
+    make_client: MakeClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
     tokenizer.generation_config["temperature"] = 0.25
     try:
         client = make_client()
@@ -170,7 +174,9 @@ async def test_checkpoint_sets_the_sampling_defaults(make_client: MakeClient, en
     assert [request.sampling.temperature for request in engine.requests] == [0.25, 0.0]
 
 
-async def test_content_may_be_a_list_of_text_parts(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+async def test_content_may_be_a_list_of_text_parts(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
     parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "jumps"}]
     await client.post(PATH, json={"messages": [{"role": "user", "content": parts}]})
     assert "user\nthe fox\njumps<|im_end|>" in tokenizer.decode(
@@ -186,7 +192,9 @@ async def test_developer_message_is_a_system_message_to_templates_that_know_no_o
     assert prompt.startswith("<|im_start|>system\nbe brief")
 
 
-async def test_last_message_can_be_continued(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+async def test_last_message_can_be_continued(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
     messages = [*HELLO["messages"], {"role": "assistant", "content": "the qu"}]
     body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
     await client.post(PATH, json=body)

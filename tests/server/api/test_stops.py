@@ -57,7 +57,9 @@ def test_text_before_min_tokens_is_not_searched() -> None:
 
 
 @given(
-    st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.integers(1, 4)
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 4),
 )
 def test_shown_text_is_the_text_up_to_the_first_stop(text: str, stops: list[str], size: int) -> None:
     pieces = [text[i : i + size] for i in range(0, len(text), size)]

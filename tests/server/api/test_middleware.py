@@ -1,0 +1,76 @@
+"""Request ids, API keys, body limit and CORS."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.server.conftest import MakeClient
+
+COMPLETIONS = "/v1/completions"
+
+
+async def test_request_id_is_echoed(client: httpx.AsyncClient) -> None:
+    response = await client.get("/health", headers={"X-Request-Id": "abc-1"})
+    assert response.headers["x-request-id"] == "abc-1"
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "x" * 200])
+async def test_request_id_is_made_where_there_is_no_usable_one(client: httpx.AsyncClient, given: str | None) -> None:
+    first, second = [
+        await client.get("/health", headers={} if given is None else {"X-Request-Id": given}) for _ in range(2)
+    ]
+    assert first.headers["x-request-id"] not in ("", given)
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic one", "one", "Bearer onetwo"])
+async def test_call_without_a_known_key_is_refused(make_client: MakeClient, header: str | None) -> None:
+    client = make_client(api_key=["one", "two"])
+    for path in ("/v1/models", "/metrics", "/version", "/openapi.json"):
+        response = await client.get(path, headers={} if header is None else {"Authorization": header})
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("key", ["one", "two"])
+async def test_any_of_the_keys_is_accepted(make_client: MakeClient, key: str) -> None:
+    client = make_client(api_key=["one", "two"])
+    assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
+
+
+async def test_health_needs_no_key(make_client: MakeClient) -> None:
+    assert (await make_client(api_key=["one"]).get("/health")).status_code == 200
+
+
+async def test_too_large_body_is_refused_whether_declared_or_not(make_client: MakeClient) -> None:
+    client = make_client(max_body_bytes=100)
+
+    async def chunks():  # type: ignore[no-untyped-def]
+        for _ in range(20):
+            yield b"x" * 10
+
+    for content in (b"x" * 101, chunks()):
+        response = await client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_body_of_the_largest_size_passes(make_client: MakeClient) -> None:
+    body = b'{"prompt": "x"}'
+    client = make_client(max_body_bytes=len(body))
+    headers = {"Content-Type": "application/json"}
+    assert (await client.post(COMPLETIONS, content=body, headers=headers)).status_code == 200
+
+
+async def test_cors_is_off_unless_configured(make_client: MakeClient) -> None:
+    headers = {"Origin": "https://page.example"}
+    assert "access-control-allow-origin" not in (await make_client().get("/health", headers=headers)).headers
+    allowed = await make_client(cors_allow_origins=["https://page.example"]).get("/health", headers=headers)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+
+
+async def test_preflight_needs_no_key(make_client: MakeClient) -> None:
+    client = make_client(cors_allow_origins=["*"], api_key=["one"])
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert (await client.options("/v1/chat/completions", headers=headers)).status_code == 200
