@@ -5,51 +5,97 @@ torch, no tokenizer; the same seed gives the same context everywhere. The traine
 scripts/needle.py and the tests all draw from here.
 
 RULER: Hsieh et al., arXiv 2404.06654, section 3 and appendix B. InfiniteBench: Zhang et al., arXiv 2402.13718.
-Deliberate deviations: the essay haystack is made of generated sentences, word keys come from short lists of our own and
-from made-up words, one document may hold needles for several questions, and an expected reply *restates* the sentence it
-quotes (both benchmarks score by substring, so that is a right answer).
+Deliberate deviations: the essay haystack is made of generated sentences, word keys come from short lists of our own
+and from made-up words, one document may hold needles for several questions, and an expected reply *restates* the
+sentence it quotes (both benchmarks score by substring, so that is a right answer).
 """
 
 from __future__ import annotations
 
 import random
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
-ADJECTIVES = """able ancient amber angry awake bitter black blue bold brave brief bright broken brown busy calm careful
-cheap clean clever cloudy cold common cool crimson curious damp dark deep distant dizzy dry dusty early eager easy elegant
-empty even faint fair famous fancy fast fierce final fine firm flat fond fresh friendly full gentle giant glad golden good
-grand gray great green handsome happy hard heavy hidden high hollow honest huge humble hungry icy idle jolly keen kind large
-late lazy light little lonely long loud lucky mellow mighty mild modern muddy narrow neat new noble noisy odd old orange
-pale patient plain polite proud purple quick quiet rapid rare red rich rough round royal rusty sad salty scarlet secret
-shallow sharp shiny short shy silent silver simple sleepy slim slow small smooth soft solid sour steady steep strange strong
-sunny sweet swift tall tame tender thick thin tidy tiny tired vast velvet violet warm weak wet white wide wild wise witty
-yellow young zealous""".split()
-NOUNS = """acorn anchor apple arrow autumn badge baker balloon banana basket beach bear bell bench berry bird blanket boat
-book bottle box branch bread breeze brick bridge broom bucket butter button cabin cable camera candle canoe captain carpet
-castle cat chair cherry circle cliff clock cloud coast coin comet compass copper corner cottage cotton cousin crayon cricket
-crow crystal cup curtain daisy dawn desert desk diamond doctor dog dolphin door dragon drum eagle engine falcon farmer
-feather fence ferry field finger fire fish flag flame flower forest fork fountain fox frog garden gate ghost giraffe glass
-glove goat grape guitar hammer harbor hat hawk hill honey horse house island jacket jar jewel juice kettle key king kite
-kitten ladder lake lamp lantern leaf lemon letter library lion lizard lock maple market meadow melon mirror monkey moon
-mountain mouse museum music needle nest nurse oak ocean olive onion orchard otter owl paddle painter palace panda paper
-parrot path peach pearl pebble pencil pepper piano pillow pilot pine pirate planet plum pocket poet pond pony potato prince
-pumpkin queen rabbit radio rain raven ribbon river road robin rocket roof rose sailor salmon school shadow sheep shell ship
-shoe singer sister snow soldier spider spoon star station stone storm stove sugar summer table tailor teacher temple thunder
-tiger tower train tree trumpet tunnel turtle valley vase village violin wagon wall walnut water whale wheel whistle window
-winter wizard wolf wood wool yard zebra""".split()
-NAMES = """Ada Alan Alice Amir Anna Arthur Bella Boris Carla Carmen Clara Daniel David Diana Edgar Elena Emma Erik Eva Felix
-Frank Grace Hanna Helen Henry Hugo Ida Ingrid Ivan Jack James Jane Julia Karl Laura Leo Lena Linda Lucas Lucy Maria Mark
-Martin Mary Max Mia Mila Nina Noah Nora Olga Oscar Otto Paula Peter Rosa Ruth Samuel Sara Simon Sofia Theo Thomas Tina Vera
-Victor Walter Wanda Yara Zoe""".split()
-PLACES = """Athens Berlin Bern Boston Cairo Chicago Dakar Delhi Dublin Geneva Hamburg Hanoi Helsinki Kyoto Lagos Lima Lisbon
-London Madrid Milan Moscow Mumbai Nairobi Oslo Ottawa Oxford Paris Prague Quito Riga Rome Seoul Sofia Sydney Tokyo Toronto
-Turin Venice Vienna Warsaw Zurich""".split()
-VERBS = """watched followed painted carried found forgot moved noticed remembered visited described admired opened closed
-cleaned repaired borrowed bought sold drew built crossed left reached passed kept lost called asked helped""".split()
-PREPOSITIONS = "near behind above below beside under inside beyond across from without before after along".split()
-ADVERBS = "slowly quickly quietly often rarely again today yesterday always never carefully together alone later".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+ADJECTIVES = _words("""
+    able ancient amber angry awake bitter black blue bold brave brief bright broken brown busy calm careful
+    cheap clean clever cloudy cold common cool crimson curious damp dark deep distant dizzy dry dusty early
+    eager easy elegant empty even faint fair famous fancy fast fierce final fine firm flat fond fresh friendly
+    full gentle giant glad golden good grand gray great green handsome happy hard heavy hidden high hollow
+    honest huge humble hungry icy idle jolly keen kind large late lazy light little lonely long loud lucky
+    mellow mighty mild modern muddy narrow neat new noble noisy odd old orange pale patient plain polite proud
+    purple quick quiet rapid rare red rich rough round royal rusty sad salty scarlet secret shallow sharp shiny
+    short shy silent silver simple sleepy slim slow small smooth soft solid sour steady steep strange strong
+    sunny sweet swift tall tame tender thick thin tidy tiny tired vast velvet violet warm weak wet white wide
+    wild wise witty yellow young zealous
+""")
+NOUNS = _words("""
+    acorn anchor apple arrow autumn badge baker balloon banana basket beach bear bell bench berry bird blanket
+    boat book bottle box branch bread breeze brick bridge broom bucket butter button cabin cable camera candle
+    canoe captain carpet castle cat chair cherry circle cliff clock cloud coast coin comet compass copper corner
+    cottage cotton cousin crayon cricket crow crystal cup curtain daisy dawn desert desk diamond doctor dog
+    dolphin door dragon drum eagle engine falcon farmer feather fence ferry field finger fire fish flag flame
+    flower forest fork fountain fox frog garden gate ghost giraffe glass glove goat grape guitar hammer harbor
+    hat hawk hill honey horse house island jacket jar jewel juice kettle key king kite kitten ladder lake lamp
+    lantern leaf lemon letter library lion lizard lock maple market meadow melon mirror monkey moon mountain
+    mouse museum music needle nest nurse oak ocean olive onion orchard otter owl paddle painter palace panda
+    paper parrot path peach pearl pebble pencil pepper piano pillow pilot pine pirate planet plum pocket poet
+    pond pony potato prince pumpkin queen rabbit radio rain raven ribbon river road robin rocket roof rose
+    sailor salmon school shadow sheep shell ship shoe singer sister snow soldier spider spoon star station stone
+    storm stove sugar summer table tailor teacher temple thunder tiger tower train tree trumpet tunnel turtle
+    valley vase village violin wagon wall walnut water whale wheel whistle window winter wizard wolf wood wool
+    yard zebra
+""")
+NAMES = _words("""
+    Ada Alan Alice Amir Anna Arthur Bella Boris Carla Carmen Clara Daniel David Diana Edgar Elena Emma Erik Eva
+    Felix Frank Grace Hanna Helen Henry Hugo Ida Ingrid Ivan Jack James Jane Julia Karl Laura Leo Lena Linda
+    Lucas Lucy Maria Mark Martin Mary Max Mia Mila Nina Noah Nora Olga Oscar Otto Paula Peter Rosa Ruth Samuel
+    Sara Simon Sofia Theo Thomas Tina Vera Victor Walter Wanda Yara Zoe
+""")
+PLACES = _words("""
+    Athens Berlin Bern Boston Cairo Chicago Dakar Delhi Dublin Geneva Hamburg Hanoi Helsinki Kyoto Lagos Lima
+    Lisbon London Madrid Milan Moscow Mumbai Nairobi Oslo Ottawa Oxford Paris Prague Quito Riga Rome Seoul Sofia
+    Sydney Tokyo Toronto Turin Venice Vienna Warsaw Zurich
+""")
+VERBS = _words("""
+    watched followed painted carried found forgot moved noticed remembered visited described admired opened
+    closed cleaned repaired borrowed bought sold drew built crossed left reached passed kept lost called asked
+    helped
+""")
+PREPOSITIONS = _words("""
+    near behind above below beside under inside beyond across from without before after along
+""")
+ADVERBS = _words("""
+    slowly quickly quietly often rarely again today yesterday always never carefully together alone later
+""")
+SLOTS = {
+    "ADJ": ADJECTIVES,
+    "NOUN": NOUNS,
+    "VERB": VERBS,
+    "NAME": NAMES,
+    "PREP": PREPOSITIONS,
+    "ADVERB": ADVERBS,
+    "PLACE": PLACES,
+}
+SENTENCES = (  # of the haystack; N999 is a number from 2 to 999
+    "The ADJ NOUN VERB the NOUN PREP the ADJ NOUN.",
+    "NAME ADVERB VERB one ADJ NOUN PREP the NOUN.",
+    "The day was ADJ, and the NOUN was ADJ and ADJ.",
+    "NAME and NAME VERB the NOUN and then VERB the ADJ NOUN.",
+    "In PLACE there is some ADJ NOUN PREP every NOUN.",
+    '"Is the NOUN ADJ?" asked NAME, who VERB N999 of them.',
+    "Nobody VERB the NOUN of NAME, because it was too ADJ.",
+    "On page N400 the NOUN is ADJ; the NOUN is not.",
+    "They VERB N99 ADJ things PREP the NOUN and ADVERB VERB them.",
+    "NAME said that the ADJ NOUN PREP the NOUN must be ADJ.",
+)
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 TASKS = (
@@ -81,7 +127,10 @@ class Context:
 
 def made_up_word(rng: random.Random, *, min_syllables: int = 2, max_syllables: int = 3) -> str:
     """A word that no list holds, so that copying cannot lean on known words."""
-    syllable = lambda: rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(["", "", "n", "r", "s", "l"])  # noqa: E731
+
+    def syllable() -> str:
+        return rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(["", "", "n", "r", "s", "l"])
+
     return "".join(syllable() for _ in range(rng.randint(min_syllables, max_syllables)))
 
 
@@ -104,28 +153,12 @@ def uuid_text(rng: random.Random) -> str:
 
 def filler(rng: random.Random) -> str:
     """One generated sentence that holds no fact anybody asks for."""
-    adj, noun, verb = (lambda: rng.choice(ADJECTIVES)), (lambda: rng.choice(NOUNS)), (lambda: rng.choice(VERBS))
-    name, adverb, prep = (lambda: rng.choice(NAMES)), (lambda: rng.choice(ADVERBS)), (lambda: rng.choice(PREPOSITIONS))
-    kind = rng.randrange(10)
-    if kind == 0:
-        return f"The {adj()} {noun()} {verb()} the {noun()} {prep()} the {adj()} {noun()}."
-    if kind == 1:
-        return f"{name()} {adverb()} {verb()} one {adj()} {noun()} {prep()} the {noun()}."
-    if kind == 2:
-        return f"The day was {adj()}, and the {noun()} was {adj()} and {adj()}."
-    if kind == 3:
-        return f"{name()} and {name()} {verb()} the {noun()} and then {verb()} the {adj()} {noun()}."
-    if kind == 4:
-        return f"In {rng.choice(PLACES)} there is some {adj()} {noun()} {prep()} every {noun()}."
-    if kind == 5:
-        return f'"Is the {noun()} {adj()}?" asked {name()}, who {verb()} {rng.randint(2, 999)} of them.'
-    if kind == 6:
-        return f"Nobody {verb()} the {noun()} of {name()}, because it was too {adj()}."
-    if kind == 7:
-        return f"On page {rng.randint(2, 400)} the {noun()} is {adj()}; the {noun()} is not."
-    if kind == 8:
-        return f"They {verb()} {rng.randint(2, 99)} {adj()} things {prep()} the {noun()} and {adverb()} {verb()} them."
-    return f"{name()} said that the {adj()} {noun()} {prep()} the {noun()} must be {adj()}."
+
+    def fill(slot: re.Match[str]) -> str:
+        name = slot.group()
+        return rng.choice(SLOTS[name]) if name in SLOTS else str(rng.randint(2, int(name[1:])))
+
+    return re.sub(r"ADVERB|ADJ|NOUN|VERB|NAME|PREP|PLACE|N\d+", fill, SENTENCES[rng.randrange(len(SENTENCES))])
 
 
 def _noise(_: random.Random) -> str:
@@ -229,7 +262,7 @@ def _vt(num_tokens: int, count: Callable[[str], int], num_questions: int, rng: r
     numbers = _distinct(rng, lambda r: number(r, 5), num_questions)
     chains = [names[5 * i : 5 * i + 5] for i in range(num_questions)]
     steps = [
-        [f"VAR {chain[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in zip(chain, chain[1:], strict=False)]
+        [f"VAR {chain[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
         for chain, value in zip(chains, numbers, strict=True)
     ]
     # Chains are interleaved, the order within each is kept.
@@ -237,10 +270,9 @@ def _vt(num_tokens: int, count: Callable[[str], int], num_questions: int, rng: r
     rng.shuffle(order)
     left = [iter(step) for step in steps]
     body = _spread(rng, [next(left[index]) for index in order], _noise, num_tokens - count(intro), count)
+    prompt = "Find all variables that are assigned the value {} in the text above."
     questions = tuple(
-        Question(
-            "vt", f"Find all variables that are assigned the value {value} in the text above.", tuple(chain), " ".join(step)
-        )
+        Question("vt", prompt.format(value), tuple(chain), " ".join(step))
         for chain, value, step in zip(chains, numbers, steps, strict=True)
     )
     return Context(intro + body, questions)
@@ -299,9 +331,7 @@ def _fwe(num_tokens: int, count: Callable[[str], int], rng: random.Random) -> Co
     return Context(intro + body, (Question("fwe", prompt, tuple(seen), reply),))
 
 
-def _infinite_bench_digits(
-    task: str, num_tokens: int, count: Callable[[str], int], rng: random.Random
-) -> Context:
+def _infinite_bench_digits(task: str, num_tokens: int, count: Callable[[str], int], rng: random.Random) -> Context:
     """Passkey (5 random digits) and number string (10 digits in runs of equal digits) hidden in noise sentences."""
     if task == "passkey":
         name, value = "pass key", number(rng, 5)
@@ -328,9 +358,13 @@ def _infinite_bench_digits(
 def _kv(num_tokens: int, count: Callable[[str], int], num_questions: int, rng: random.Random) -> Context:
     """InfiniteBench's key-value retrieval: one JSON object of UUID pairs."""
     intro = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
-    pair = lambda: f'"{uuid_text(rng)}": "{uuid_text(rng)}"'  # noqa: E731
+
+    def pair() -> str:
+        return f'"{uuid_text(rng)}": "{uuid_text(rng)}"'
+
     room = num_tokens - count(intro)
-    pairs = [pair() for _ in range(max(num_questions, int(0.985 * room * 20 / count(", ".join(pair() for _ in range(20))))))]
+    per_pair = count(", ".join(pair() for _ in range(20))) / 20
+    pairs = [pair() for _ in range(max(num_questions, int(0.985 * room / per_pair)))]
     while len(pairs) > num_questions and count("{" + ", ".join(pairs) + "}") > room:
         del pairs[-max(1, len(pairs) // 200) :]
     questions = []

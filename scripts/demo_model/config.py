@@ -13,7 +13,7 @@ ROPE_THETA = 1e12
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """4 layers of 256, 4 query heads sharing 2 KV heads of 64, biases in attention, tied embeddings: 2.9M parameters."""
+    """4 layers of 256, 4 query heads on 2 KV heads of 64, biases in attention, tied embeddings: 2.9M parameters."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,

@@ -29,21 +29,22 @@ SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
 EVERYDAY = """
 Hello! Hi there. Good morning. How are you today? Thank you very much. Who are you? What can you do? Please help me.
 You are a helpful assistant. Answer the question using only the text below. Read the following document and answer the
-questions. According to the text, where does he live? What is her name? When was the meeting? How many people are there?
-Which of these is the right one? Why did they leave? Can you tell me the code? Give me the number. Tell me about it.
-I am a small demonstration model. I look things up in the text that you give me. I do not know the answer. user system
-assistant The company said that it would open a new office next year. This is an example of a long document about many
-different things. There were also other people who would have been able to do this work if they had more time. We should
-not forget that these words are here only because they are common. His first book was about the world between the wars.
-At the end of the year most of our children can read and write. Some of them will go to another school after that. Where
-could she see him? Every day I think about what you said. Make it so. Take this and use it well. Just look at how far we
-have come since then. Even now there may be no way back. The government, the city, the state, the country, the law, the
-money, the problem, the question, the answer, the system, the program, the group, the part, the place, the case, the week,
-the point, the hand, the woman, the man, the child, the life, the night, the face, the fact, the month, the right, the
-study, the job, the business, the issue, the side, the kind, the head, the service, the friend, the father, the mother,
-the power, the hour, the game, the line, the member, the car, the team, the minute, the idea, the body, the information,
-the level, the price, the date, the report, the address, the file, the server, the key, the value, the index, the token,
-the user, the error, the data, the code, the test, the model, the memory, the attention, the context, the cache.
+questions. According to the text, where does he live? What is her name? When was the meeting? How many people are
+there? Which of these is the right one? Why did they leave? Can you tell me the code? Give me the number. Tell me
+about it. I am a small demonstration model. I look things up in the text that you give me. I do not know the answer.
+user system assistant The company said that it would open a new office next year. This is an example of a long
+document about many different things. There were also other people who would have been able to do this work if they
+had more time. We should not forget that these words are here only because they are common. His first book was about
+the world between the wars. At the end of the year most of our children can read and write. Some of them will go to
+another school after that. Where could she see him? Every day I think about what you said. Make it so. Take this and
+use it well. Just look at how far we have come since then. Even now there may be no way back. The government, the
+city, the state, the country, the law, the money, the problem, the question, the answer, the system, the program, the
+group, the part, the place, the case, the week, the point, the hand, the woman, the man, the child, the life, the
+night, the face, the fact, the month, the right, the study, the job, the business, the issue, the side, the kind, the
+head, the service, the friend, the father, the mother, the power, the hour, the game, the line, the member, the car,
+the team, the minute, the idea, the body, the information, the level, the price, the date, the report, the address,
+the file, the server, the key, the value, the index, the token, the user, the error, the data, the code, the test, the
+model, the memory, the attention, the context, the cache.
 """
 
 
@@ -70,7 +71,9 @@ def corpus(seed: int) -> Iterator[str]:
                 yield question.prompt
                 yield question.reply
     for task in ("niah_single_3", "niah_multikey_3", "kv_retrieval"):  # wording only
-        context = tasks.make_context(task, num_tokens=300, count_tokens=lambda text: len(text) // 4, num_questions=1, seed=0)
+        context = tasks.make_context(
+            task, num_tokens=300, count_tokens=lambda text: len(text) // 4, num_questions=1, seed=0
+        )
         yield "".join(letter for letter in context.document + context.questions[0].prompt if not letter.isdigit())
 
 
