@@ -68,7 +68,7 @@ class IndexBuilder:
     def close(self) -> None:
         """Drop what is queued; return when the build under way has noticed."""
         self._closed.set()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True)  # queued builds run too: each sees at once that it is not wanted
 
     def _build(self, segment: Segment, sample: QuerySample) -> None:
         started = time.perf_counter()
@@ -78,9 +78,11 @@ class IndexBuilder:
             segment.index_state = "failed"
             logger.exception("index build failed; the segment stays exact")
             return
-        if built is not None:
-            segment.index, segment.index_state = built, "ready"
-            self._on_built(self._kind, time.perf_counter() - started, segment.num_tokens)
+        if built is None:
+            segment.index_state = "none"
+            return
+        segment.index, segment.index_state = built, "ready"
+        self._on_built(self._kind, time.perf_counter() - started, segment.num_tokens)
 
     def _build_layers(self, segment: Segment, sample: QuerySample) -> LayerIndexes | None:
         """None when the builder was closed meanwhile."""
