@@ -57,12 +57,18 @@ def indexed_run(world: Any) -> Any:
     return next(run for run in context.decode_runs(0) if run.indexed)
 
 
+def wait_until_idle(probe: LiveProbe) -> None:
+    while probe.is_busy:
+        time.sleep(0.001)
+
+
 def test_an_exact_index_is_measured_as_perfect(world: Any) -> None:
     measured: list[tuple[float, float]] = []
     run = indexed_run(world)
     for layer_idx, kv_head in ((0, 0), (1, 1)):
         probe = LiveProbe(8, world.scale, lambda *quality: measured.append(quality))
         probe.submit(world.randn(16), run, layer_idx, kv_head)
+        wait_until_idle(probe)
         probe.close()
         assert not probe.is_busy
     assert measured == [(1.0, 1.0), (1.0, 1.0)]
@@ -80,6 +86,7 @@ def test_a_blind_index_is_found_out(world: Any) -> None:
 
     run.indexed.index = SimpleNamespace(begin=4, head=lambda *_: SimpleNamespace(search=search))
     probe.submit(world.randn(16), run, 0, 0)
+    wait_until_idle(probe)
     probe.close()
     assert measured == [(0.0, 0.0)]
     assert limits == [run.end - 4]
@@ -114,9 +121,9 @@ def test_a_check_that_fails_is_logged_and_harms_nothing(world: Any, caplog: pyte
     run = indexed_run(world)
     with caplog.at_level(logging.ERROR):
         probe.submit(world.randn(99), run, 0, 0)  # a query of the wrong width
-        while probe.is_busy:
-            time.sleep(0.001)
+        wait_until_idle(probe)
         probe.submit(world.randn(16), run, 0, 0)
+        wait_until_idle(probe)
         probe.close()
     assert caplog.text.count("live recall check failed") == 1
     assert measured == [(1.0, 1.0)]
