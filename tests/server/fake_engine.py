@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from server.engine.events import Done, Event, Failure, Finish, Progress, Token, TokenLogprob, Usage
 from server.engine.request import Request
 from server.engine.tokenizer import Tokenizer
-from server.errors import ServerError
+from server.errors import ServerError, UnavailableError
 
 Script = Callable[[Request], list[Event]]
 
@@ -71,7 +71,10 @@ class FakeEngine:
         return stream
 
     async def stop(self, drain_seconds: float) -> None:
+        """Waits for nothing: open streams fail at once."""
         self.is_alive = False
+        for stream in self.streams:
+            stream.push(Failure(UnavailableError("the server is shutting down", code="shutting_down")))
 
 
 def says(
@@ -107,7 +110,10 @@ def answer_events(
             choice,
             token_id,
             TokenLogprob(token_id, -0.5) if scored else None,
-            tuple(TokenLogprob((token_id + i) % tokenizer.vocab_size, -0.5 - i) for i in range(request.sampling.num_logprobs or 0)),
+            tuple(
+                TokenLogprob((token_id + i) % tokenizer.vocab_size, -0.5 - i)
+                for i in range(request.sampling.num_logprobs or 0)
+            ),
         )
         for token_id in shown
     ]
