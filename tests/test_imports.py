@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path.relative_to(ROOT) for package in ("server", "retrieval") for path in (ROOT / package).rglob("*.py"))
+MODULES = sorted(
+    path.relative_to(ROOT) for package in ("server", "retrieval") for path in (ROOT / package).rglob("*.py")
+)
 
 # Third-party packages that only some rooms may know.
 ONLY_IN = {
