@@ -133,10 +133,14 @@ class Scheduler:
                 self._preempt(victim)
                 preempted.append(victim)
             if sequence not in preempted and self._admit(sequence):
-                self.waiting.remove(sequence)
-                sequence.status = "running"
-                self.running.append(sequence)
+                self._start(sequence)
         return preempted
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = "running"
+        sequence.last_chunk_step = self._step_number  # it waits for its first chunk from now on, not from step 0
+        self.running.append(sequence)
 
     def _num_slots(self) -> int:
         return self._limits.max_num_seqs - sum(_slots_needed(s) for s in self.running)
