@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from retrieval import index as indexes
 from retrieval.index import KeyIndex
 from retrieval.methods.retrieval import QuerySample
+from retrieval.segment_index import CodesMaker, HeadIndexes, SegmentIndex
 from retrieval.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -23,28 +23,20 @@ logger = logging.getLogger(__name__)
 OnBuilt = Callable[[str, float, int], None]  # kind, seconds, keys
 
 
-@dataclass(frozen=True, slots=True)
-class LayerIndexes:
-    """Indexes of a whole segment, `layers[layer][kv_head]`, over positions from `begin` on."""
-
-    begin: int
-    layers: list[list[KeyIndex]]
-
-    def head(self, layer_idx: int, kv_head: int) -> KeyIndex:
-        """The index of one layer and KV head."""
-        return self.layers[layer_idx][kv_head]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all indexes."""
-        return sum(head.nbytes for layer in self.layers for head in layer)
-
-
 class IndexBuilder:
     """A queue of segments to index; `wait` and `close` are for the owner's thread."""
 
-    def __init__(self, kind: str, options: dict[str, Any], num_sink_tokens: int, on_built: OnBuilt) -> None:
+    def __init__(
+        self,
+        kind: str,
+        options: dict[str, Any],
+        num_sink_tokens: int,
+        on_built: OnBuilt,
+        codes: CodesMaker | None = None,
+    ) -> None:
+        """codes: makes the core's layer codes instead of one index per head (kind rabitq, native decoder)."""
         self._kind, self._options, self._num_sink_tokens = kind, options, num_sink_tokens
+        self._codes = codes
         self._on_built = on_built
         self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="index-builder")
@@ -73,7 +65,7 @@ class IndexBuilder:
     def _build(self, segment: Segment, sample: QuerySample) -> None:
         started = time.perf_counter()
         try:
-            built = self._build_layers(segment, sample)
+            built = self._build_codes(segment) if self._codes else self._build_heads(segment, sample)
         except Exception:
             segment.index_state = "failed"
             logger.exception("index build failed; the segment stays exact")
@@ -84,10 +76,19 @@ class IndexBuilder:
         segment.index, segment.index_state = built, "ready"
         self._on_built(self._kind, time.perf_counter() - started, segment.num_tokens)
 
-    def _build_layers(self, segment: Segment, sample: QuerySample) -> LayerIndexes | None:
-        """None when the builder was closed meanwhile."""
-        begin = max(0, self._num_sink_tokens - segment.start)
-        geometry = segment.kv.geometry
+    def _build_codes(self, segment: Segment) -> SegmentIndex | None:
+        """Codes of every layer; None when the builder was closed meanwhile."""
+        assert self._codes is not None
+        layers = []
+        for layer_idx in range(segment.kv.geometry.num_layers):
+            if self._closed.is_set():
+                return None
+            layers.append(self._codes.encode(segment.kv.keys[layer_idx, :, : segment.num_tokens]))
+        return self._codes.index(self._begin(segment), layers, segment.kv)
+
+    def _build_heads(self, segment: Segment, sample: QuerySample) -> SegmentIndex | None:
+        """An index per layer and KV head; None when the builder was closed meanwhile."""
+        begin, geometry = self._begin(segment), segment.kv.geometry
         layers: list[list[KeyIndex]] = []
         for layer_idx in range(geometry.num_layers):
             heads: list[KeyIndex] = []
@@ -98,4 +99,7 @@ class IndexBuilder:
                 queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
                 heads.append(indexes.build(self._kind, keys, queries, **self._options))
             layers.append(heads)
-        return LayerIndexes(begin, layers)
+        return HeadIndexes(begin, layers)
+
+    def _begin(self, segment: Segment) -> int:
+        return max(0, self._num_sink_tokens - segment.start)

@@ -17,6 +17,7 @@ from torch import Tensor
 from retrieval.context import Context, Run
 from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_grouped
+from retrieval.segment_index import CodesIndex
 
 
 @dataclass(slots=True)
@@ -115,10 +116,9 @@ class _BoundParts:
 class NativeDecoder(Decoder):
     """The C++ core's `attend_layer`: exact runs and runs behind layer codes in one call. CPU contexts only."""
 
-    def __init__(self, num_retrieved: int, core: Any) -> None:
+    def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)
-        self._core = core
-        self._budget = core.Budget(k=num_retrieved)
+        self._core, self._budget = core, budget
 
     def attend(
         self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
@@ -159,4 +159,4 @@ class NativeDecoder(Decoder):
 
 def _is_native(run: Run) -> bool:
     """Exact, or indexed by layer codes."""
-    return run.indexed is None or hasattr(run.indexed.index, "codes")
+    return run.indexed is None or isinstance(run.indexed.index, CodesIndex)

@@ -39,8 +39,8 @@ def measure(query: Tensor, keys: Tensor, positions: Tensor, k: int, scale: float
 class LiveProbe:
     """Checks at most one query at a time; a step that comes while one is under way is not sampled."""
 
-    def __init__(self, num_retrieved: int, scale: float, on_measured: Callable[[float, float], None]) -> None:
-        self._num_retrieved, self._scale, self._on_measured = num_retrieved, scale, on_measured
+    def __init__(self, k: int, scale: float, on_measured: Callable[[float, float], None]) -> None:
+        self._k, self._scale, self._on_measured = k, scale, on_measured
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="live-recall")
         self._pending: Future[None] | None = None
 
@@ -61,10 +61,9 @@ class LiveProbe:
         try:
             assert run.indexed is not None
             index = run.indexed.index
-            limit = run.end - index.begin
-            positions, _ = index.head(layer_idx, kv_head).search(query[None], self._num_retrieved, limit)
+            found = index.search(layer_idx, kv_head, query, self._k, run.end) - index.begin
             keys = run.kv.keys[layer_idx, kv_head, index.begin : run.end]
-            quality = measure(query, keys, positions[0], self._num_retrieved, self._scale)
+            quality = measure(query, keys, found, self._k, self._scale)
             self._on_measured(quality.recall, quality.captured_mass)
         except Exception:
             logger.exception("a live recall check failed")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from retrieval.decode import Decoder, NativeDecoder, TorchDecoder
 from retrieval.index import kind_class
 from retrieval.methods import make_method
 from retrieval.probe import LiveProbe
+from retrieval.segment_index import CodesMaker
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner, resolve_device
@@ -24,29 +25,36 @@ from server.sessions.manager import SessionManager
 logger = logging.getLogger(__name__)
 
 ATTENTION_AWARE = ("roar",)  # kinds that are built from sampled queries
+DEFAULT_NUM_RETRIEVED = 256  # for kinds that cannot tell how many keys matter
+PROBED_KEYS = 100  # live recall is recall@100, as in the literature
 
 
 def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
     """Load the model and make an engine that `start` sets going. Raises OSError or ValueError on a bad model."""
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    kind = resolve_index(config.index)
-    num_queries = config.num_index_queries if kind in ATTENTION_AWARE else 0
-    method = make_method(config.attention, num_retrieved=config.num_retrieved, num_index_queries=num_queries)
-    runner = ModelRunner(config, method, make_decoder(config, recorder))
+    core = load_core(config, recorder)
+    kind = resolve_index(config.index, core)
+    num_retrieved = config.num_retrieved or DEFAULT_NUM_RETRIEVED
+    method = make_method(
+        config.attention,
+        num_retrieved=num_retrieved,
+        num_index_queries=config.num_index_queries if kind in ATTENTION_AWARE else 0,
+    )
+    codes = make_codes(config, core) if kind == "rabitq" else None
+    decoder: Decoder = TorchDecoder(num_retrieved)
+    if core is not None:
+        decoder = NativeDecoder(num_retrieved, core, codes.budget if codes else core.Budget())
+    runner = ModelRunner(config, method, decoder)
     builder = None
     if method.uses_index:
         kind_class(kind)  # a missing library is an error now, not on a background thread
+        builder = IndexBuilder(kind, config.index_options, config.num_sink_tokens, recorder.index_build, codes)
         if config.live_recall_interval:
-            runner.probe = LiveProbe(config.num_retrieved, runner.scale, recorder.live_recall)
-        builder = IndexBuilder(kind, config.index_options, config.num_sink_tokens, recorder.index_build)
-    static = StaticSet(config.num_sink_tokens, config.window_size, config.seal_tokens)
-    budget = Budget(config.kv_host_memory or default_host_budget())
+            runner.probe = LiveProbe(PROBED_KEYS, runner.scale, recorder.live_recall)
     manager = SessionManager(
         runner.geometry,
-        static,
+        StaticSet(config.num_sink_tokens, config.window_size, config.seal_tokens),
         builder,
-        budget,
+        Budget(config.kv_host_memory or default_host_budget()),
         recorder,
         device=runner.device,
         prefix_caching=config.prefix_caching,
@@ -54,24 +62,34 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
     return Engine(config, runner, manager, recorder)
 
 
-def make_decoder(config: EngineConfig, recorder: Recorder) -> Decoder:
-    """The C++ core's decoder on a CPU; torch's on other devices, or where the core was not built."""
+def load_core(config: EngineConfig, recorder: Recorder) -> Any:
+    """The C++ core where contexts are decoded on the CPU, its threads set; None elsewhere or without it."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     if resolve_device(config.device).type != "cpu":
-        return TorchDecoder(config.num_retrieved)
+        return None
     core = native.load()
     if core is None:
         recorder.degraded("no_native_core")
-        return TorchDecoder(config.num_retrieved)
-    if config.num_threads:
+    elif config.num_threads:
         core.set_num_threads(config.num_threads)
-    return NativeDecoder(config.num_retrieved, core)
+    return core
 
 
-def resolve_index(kind: str) -> str:
-    """`auto`: the native codes where the C++ core is installed, else hnswlib's graph."""
+def make_codes(config: EngineConfig, core: Any) -> CodesMaker | None:
+    """Layer codes for the native decoder, from the options that the index kind itself takes."""
+    if core is None:
+        return None
+    options = dict(config.index_options)
+    shape = {key: options.pop(key) for key in ("bits", "seed") if key in options}
+    return CodesMaker(core, core.Budget(k=config.num_retrieved, **options), **shape)
+
+
+def resolve_index(kind: str, core: Any) -> str:
+    """`auto`: the native codes where the C++ core is at hand, else hnswlib's graph."""
     if kind != "auto":
         return kind
-    if importlib.util.find_spec("retrieval._core") is not None:
+    if core is not None:
         return "rabitq"
-    logger.warning("the C++ core is not installed; falling back to the hnsw index, which takes minutes to build")
+    logger.warning("no C++ core here: falling back to the hnsw index, which takes minutes to build")
     return "hnsw"

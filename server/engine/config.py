@@ -29,7 +29,7 @@ class EngineConfig:
     index_options: dict[str, Any] = field(default_factory=dict)
     num_sink_tokens: int = 128
     window_size: int = 512  # newest tokens, always attended exactly
-    num_retrieved: int = 256  # keys fetched per head and query from the index
+    num_retrieved: int = 0  # keys fetched per head and query; 0: as many as matter (rabitq), 256 (other kinds)
     seal_tokens: int = 2048  # a tail longer than window_size + this is sealed and indexed
     num_index_queries: int = 8192  # prefill queries sampled per layer and KV head for attention-aware kinds
     live_recall_interval: int = 64  # decode steps between two exact checks; 0: off

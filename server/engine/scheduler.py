@@ -124,16 +124,21 @@ class Scheduler:
         return decodes + self._prefills(bool(decodes), self._limits.max_num_batched_tokens - len(decodes)), preempted
 
     def _start_waiting(self) -> list[Sequence]:
+        """Admit in queue order and return whom that preempted. Nothing passes one that must wait, except what was
+        preempted before: it holds its memory already, and the one that waits may be waiting for just that."""
         preempted: list[Sequence] = []
+        is_blocked = False
         for sequence in list(self.waiting):
-            while self._num_slots() < _slots_needed(sequence):
-                victim = self._victim(sequence)
-                if victim is None:
-                    return preempted
+            if is_blocked and sequence.context is None:
+                continue
+            victims = self._victims(sequence)
+            if victims is None or not self._admit(sequence):
+                is_blocked = True
+                continue
+            for victim in victims:
                 self._preempt(victim)
-                preempted.append(victim)
-            if sequence not in preempted and self._admit(sequence):
-                self._start(sequence)
+            preempted += victims
+            self._start(sequence)
         return preempted
 
     def _start(self, sequence: Sequence) -> None:
@@ -145,10 +150,19 @@ class Scheduler:
     def _num_slots(self) -> int:
         return self._limits.max_num_seqs - sum(_slots_needed(s) for s in self.running)
 
-    def _victim(self, sequence: Sequence) -> Sequence | None:
-        """The running sequence of the lowest priority, if that is strictly lower; newest first."""
-        worst = max(self.running, key=_queue_order, default=None)
-        return worst if worst is not None and worst.request.priority > sequence.request.priority else None
+    def _victims(self, sequence: Sequence) -> list[Sequence] | None:
+        """Running sequences of strictly lower priority to preempt for its slots, newest of the lowest first; None:
+        not even all of them would do."""
+        candidates = [s for s in self.running if s.request.priority > sequence.request.priority]
+        candidates.sort(key=_queue_order)
+        victims: list[Sequence] = []
+        num_missing = _slots_needed(sequence) - self._num_slots()
+        while num_missing > 0:
+            if not candidates:
+                return None
+            victims.append(candidates.pop())
+            num_missing -= _slots_needed(victims[-1])
+        return victims
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue; it keeps its context, so nothing is computed twice."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrieval.builder import LayerIndexes
+from retrieval.segment_index import HeadIndexes
 from retrieval.context import Context, Run, StaticSet
 from retrieval.decode import Decoder, DecodeRow, DecodeStats, NativeDecoder, TorchDecoder
 from retrieval.geometry import Geometry
@@ -82,7 +82,7 @@ class World:
         begin = max(0, self.static.num_sink_tokens - segment.start)
         none = torch.empty(0, self.geometry.head_dim, dtype=self.geometry.dtype)
         heads = [[keys[begin : segment.num_tokens] for keys in layer] for layer in segment.kv.keys]
-        segment.index = LayerIndexes(begin, [[build(kind, keys, none) for keys in layer] for layer in heads])
+        segment.index = HeadIndexes(begin, [[build(kind, keys, none) for keys in layer] for layer in heads])
         segment.index_state = "ready"
 
     def all_kv(self, context: Context, layer_idx: int, num_new: int = 0) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,8 @@ def decode_with(kind: str) -> Decode:
     ) -> Tensor:
         decoder: Decoder = TorchDecoder(num_retrieved)
         if kind == "native":
-            decoder = NativeDecoder(num_retrieved, pytest.importorskip("retrieval._core"))
+            core = pytest.importorskip("retrieval._core")
+            decoder = NativeDecoder(num_retrieved, core, core.Budget(k=num_retrieved))
         rows, scale = [DecodeRow(context, runs)], queries.shape[-1] ** -0.5
         return decoder.attend(queries[None], rows, layer_idx, scale, stats or DecodeStats())[0]
 

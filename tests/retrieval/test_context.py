@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.builder import LayerIndexes
+from retrieval.segment_index import HeadIndexes
 from retrieval.context import Context, Run, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
@@ -32,7 +32,7 @@ def tiny_context(parts: list[tuple[int, int, bool]], num_tail: int, static: Stat
         tokens = np.full(num_tokens, i, dtype=np.int32)
         segment = store.add("", path[-1] if path else None, tokens, kv)
         if is_indexed:
-            segment.index = LayerIndexes(max(0, static.num_sink_tokens - segment.start), [])
+            segment.index = HeadIndexes(max(0, static.num_sink_tokens - segment.start), [])
         path.append(PathEntry(segment, min(limit, num_tokens)))
     tail = KvBuffer(TINY, num_tail + 1, CPU)
     tail.commit(num_tail)

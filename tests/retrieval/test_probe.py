@@ -78,31 +78,31 @@ def test_a_blind_index_is_found_out(world: Any) -> None:
     measured: list[tuple[float, float]] = []
     probe = LiveProbe(4, world.scale, lambda *quality: measured.append(quality))
     run = indexed_run(world)
-    limits: list[int] = []
+    ends: list[int] = []
 
-    def search(queries: torch.Tensor, k: int, limit: int) -> tuple[torch.Tensor, None]:
-        limits.append(limit)
-        return torch.full((1, k), -1), None
+    def search(layer_idx: int, kv_head: int, query: torch.Tensor, k: int, end: int) -> torch.Tensor:
+        ends.append(end)
+        return torch.empty(0, dtype=torch.int64)
 
-    run.indexed.index = SimpleNamespace(begin=4, head=lambda *_: SimpleNamespace(search=search))
+    run.indexed.index = SimpleNamespace(begin=4, search=search)
     probe.submit(world.randn(16), run, 0, 0)
     wait_until_idle(probe)
     probe.close()
     assert measured == [(0.0, 0.0)]
-    assert limits == [run.end - 4]
+    assert ends == [run.end]
 
 
 def test_the_query_is_copied_before_the_step_goes_on(world: Any) -> None:
     entered, go_on, seen = threading.Event(), threading.Event(), list[torch.Tensor]()
     run = indexed_run(world)
 
-    def search(queries: torch.Tensor, k: int, limit: int) -> tuple[torch.Tensor, None]:
+    def search(layer_idx: int, kv_head: int, query: torch.Tensor, k: int, end: int) -> torch.Tensor:
         entered.set()
         assert go_on.wait(30)
-        seen.append(queries[0].clone())
-        return torch.full((1, k), -1), None
+        seen.append(query.clone())
+        return torch.empty(0, dtype=torch.int64)
 
-    run.indexed.index = SimpleNamespace(begin=4, head=lambda *_: SimpleNamespace(search=search))
+    run.indexed.index = SimpleNamespace(begin=4, search=search)
     probe = LiveProbe(4, world.scale, lambda *_: None)
     query = world.randn(16)
     expected = query.clone()

@@ -30,12 +30,12 @@ def generate(folder: Path, prompt: tuple[int, ...], num_tokens: int, dtype: torc
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["full", "retrieval"])
+@pytest.mark.parametrize(("attention", "index"), [("full", "flat"), ("retrieval", "flat"), ("retrieval", "rabitq")])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 async def test_greedy_tokens_equal_transformers_generate(
-    family, attention, tiny_model, make_engine, prompt, run, tokens_of
+    family, attention, index, tiny_model, make_engine, prompt, run, tokens_of
 ):
-    engine = make_engine(family, attention=attention, num_retrieved=4096)
+    engine = make_engine(family, attention=attention, index=index, num_retrieved=4096)
     for num_tokens in (1, 17, 300):
         ids = prompt(num_tokens)
         assert tokens_of(await run(engine, ids, max_tokens=24)) == generate(tiny_model(family), ids, 24), num_tokens

@@ -1,0 +1,98 @@
+"""The indexes of a whole segment, all layers and heads, in the two forms a decoder can use.
+
+Immutable once made; read on any thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrieval.index import KeyIndex
+from retrieval.kv_buffer import KvBuffer
+
+
+class SegmentIndex(ABC):
+    """Covers a segment's positions from its field `begin` on; the sink tokens before it are always attended exactly."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all layers' indexes."""
+
+    @abstractmethod
+    def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
+        """Positions int64 in the segment of the best keys in `[begin, end)` for one query `[head_dim]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadIndexes(SegmentIndex):
+    """One index of the contract per layer and KV head, over the keys from `begin` on."""
+
+    begin: int
+    layers: list[list[KeyIndex]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all indexes."""
+        return sum(head.nbytes for layer in self.layers for head in layer)
+
+    def head(self, layer_idx: int, kv_head: int) -> KeyIndex:
+        """The index of one layer and KV head; its position 0 is the segment's `begin`."""
+        return self.layers[layer_idx][kv_head]
+
+    def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
+        """See `SegmentIndex.search`."""
+        positions, _ = self.layers[layer_idx][kv_head].search(query[None], k, end - self.begin)
+        return positions[0][positions[0] >= 0] + self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class CodesMaker:
+    """How the core's codes are made and searched: its module, the budget of a search, planes and rotation."""
+
+    core: Any
+    budget: Any  # _core.Budget
+    bits: int = 2
+    seed: int = 0
+
+    def encode(self, keys: Tensor) -> Any:
+        """`_core.LayerCodes` of keys `[num_kv_heads, num_keys, head_dim]`."""
+        codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits, self.seed)
+        codes.append(keys)
+        return codes
+
+    def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
+        """The index of a segment whose layers are encoded."""
+        return CodesIndex(begin, layers, kv, self)
+
+
+@dataclass(frozen=True, slots=True)
+class CodesIndex(SegmentIndex):
+    """The core's bit-plane codes, one object per layer for all KV heads; code i belongs to the segment's key i."""
+
+    begin: int
+    layers: list[Any]
+    kv: KvBuffer
+    maker: CodesMaker
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and factors."""
+        return sum(int(codes.nbytes) for codes in self.layers)
+
+    def codes(self, layer_idx: int) -> Any:
+        """`_core.LayerCodes` of one layer."""
+        return self.layers[layer_idx]
+
+    def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
+        """See `SegmentIndex.search`; the head's codes are made again, as a layer's are for all heads at once."""
+        keys = self.kv.keys[layer_idx, kv_head : kv_head + 1, self.begin : end]
+        positions, scores = torch.full((1, k), -1, dtype=torch.int64), torch.empty(1, k)
+        part = self.maker.core.Part(keys, keys, 0, end - self.begin, self.maker.encode(keys))
+        self.maker.core.search(query[None].contiguous(), part, k, positions, scores, self.maker.budget)
+        return positions[0][positions[0] >= 0] + self.begin
