@@ -89,11 +89,12 @@ def _synthetic_layer(layer_idx: int, num_heads: int, num_keys: int, num_rows: in
 def _synthetic_head(num_keys: int, num_rows: int, gap: float, generator: torch.Generator) -> dict[str, Tensor]:
     """One KV head: keys whose content comes in topics, and queries that look for single keys.
 
-    Content `c = (topic + own) / √2` is isotropic. Keys are `R S c + mean`, queries `R S⁻¹ (α c_target + bias + noise)`
-    with R a rotation and S scales from 1/gap to gap: what a query means is its product with content, yet its
-    large coordinates are where those of the keys are small, so a query lies far from every key. α grows over
-    the heads of the group from diffuse to sharp attention. Queries of the prompt itself (`train`, `same`) look for
-    `KNOWN_TOPICS` of the topics, those asked later for the others.
+    Content `c = (topic + own) / √2` is isotropic. Keys are `R S c + mean`, queries `R S⁻¹ (α c' + bias + noise)` with
+    R a rotation and S scales from 1/gap to gap: what a query means is its product with content, yet its large
+    coordinates are where those of the keys are small, so a query lies far from every key. c' is a key's content with
+    its topic weighed 1 to 2 times, so that from one key to the whole topic matter; α grows over the heads of the
+    group from diffuse to sharp (the exact top 100 of 128K keys hold about 0.9 to 1.0 of the softmax mass). Queries
+    of the prompt itself (`train`, `same`) look for `KNOWN_TOPICS` of the topics, those asked later for the others.
     """
 
     def randn(*shape: int) -> Tensor:
@@ -103,17 +104,20 @@ def _synthetic_head(num_keys: int, num_rows: int, gap: float, generator: torch.G
     num_topics = max(2, num_keys // TOPIC_KEYS)
     runs = torch.randint(0, num_topics, (num_keys // RUN_KEYS + 1,), generator=generator)
     topic = runs.repeat_interleave(RUN_KEYS)[:num_keys]
-    content = (randn(num_topics, HEAD_DIM)[topic] + randn(num_keys, HEAD_DIM)) / 2**0.5
+    themes, own = randn(num_topics, HEAD_DIM), randn(num_keys, HEAD_DIM)
+    content = (themes[topic] + own) / 2**0.5
     scales = gap ** torch.linspace(-1, 1, HEAD_DIM)
     rotation = torch.linalg.qr(randn(HEAD_DIM, HEAD_DIM)).Q
     is_known = torch.arange(num_topics) < KNOWN_TOPICS * num_topics
     bias = randn(HEAD_DIM) / 2
-    sharpness = torch.linspace(0.8, 1.8, group_size)[:, None, None]
+    sharpness = torch.linspace(1.2, 1.8, group_size)[:, None, None]
 
     def queries(num: int, known: bool) -> Tensor:
         candidates = (is_known[topic] == known).nonzero()[:, 0]
         targets = candidates[torch.randint(0, len(candidates), (group_size, num), generator=generator)]
-        meant = sharpness * content[targets] + bias + randn(group_size, num, HEAD_DIM) / 2
+        weight = 1 + torch.rand(group_size, num, 1, generator=generator)
+        sought = (weight * themes[topic[targets]] + own[targets]) / 2**0.5
+        meant = sharpness * sought + bias + randn(group_size, num, HEAD_DIM) / 2
         return ((meant / scales) @ rotation.T).bfloat16()
 
     keys = ((content * scales) @ rotation.T + 2 * randn(HEAD_DIM)).bfloat16()
