@@ -139,7 +139,7 @@ class NativeDecoder(Decoder):
         """Parts of all layers; between steps mostly only ranges move, so the parts themselves are kept."""
         native = [run for run in runs if _is_native(run)]
         signature = tuple((id(run.kv), run.kv.keys.data_ptr(), id(run.indexed)) for run in native)
-        bound = context.decode_cache
+        bound: _BoundParts | None = context.decode_cache
         if bound is None or bound.signature != signature:
             layers = [[self._bind(run, layer) for run in native] for layer in range(context.geometry.num_layers)]
             bound = context.decode_cache = _BoundParts(signature, layers, [(r.begin, r.end) for r in native])

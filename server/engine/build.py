@@ -68,7 +68,7 @@ def load_core(config: EngineConfig, recorder: Recorder) -> Any:
         torch.set_num_threads(config.num_threads)
     if resolve_device(config.device).type != "cpu":
         return None
-    core = native.load()
+    core = native.core()
     if core is None:
         recorder.degraded("no_native_core")
     elif config.num_threads:

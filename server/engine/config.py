@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = "auto"  # auto (the checkpoint's), bfloat16, float16, float32
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     trust_remote_code: bool = False
+    enforce_eager: bool = False  # run transformers' own forward even where the fused one knows the model
     seed: int = 0
 
     max_model_len: int | None = None  # tokens; None: the model's max_position_embeddings

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from retrieval import adapter
-from retrieval.adapter import Span, Step, read_geometry
+from retrieval.adapter import read_geometry
+from retrieval.attention import Span, Step
 from retrieval.context import Context
 from retrieval.decode import Decoder
 from retrieval.methods import AttentionMethod
 from retrieval.probe import LiveProbe
 from server.engine.config import EngineConfig
+from server.engine.fused_model import fuse
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class ModelRunner:
             device_map={"": self.device} if self.device.type == "cuda" else None,
         )
         self._model = model.eval()
+        self._fused = None if config.enforce_eager else fuse(self._model, self.geometry)
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
         self.max_position = int(getattr(self.hf_config.get_text_config(decoder=True), "max_position_embeddings", 0))
         self.end_ids = read_end_ids(config, self.hf_config)
@@ -87,7 +90,9 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
         """One packed forward pass, decodes first; commits every context when it has succeeded."""
-        decodes, prefills, row = [], [], 0
+        decodes: list[Span] = []
+        prefills: list[Span] = []
+        row = 0
         for item in work:
             item.context.tail.reserve(len(item.tokens))
             (decodes if item.is_decode else prefills).append(Span(item.context, row, len(item.tokens)))
@@ -127,11 +132,14 @@ class ModelRunner:
         positions = torch.cat(
             [torch.arange(w.context.num_tokens, w.context.num_tokens + len(w.tokens)) for w in work]
         ).to(self.device)
+        rows = torch.tensor(wanted, device=self.device, dtype=torch.int64)
+        if self._fused is not None:
+            return self._fused.forward(tokens, positions, rows, step).float().cpu()
         output = self._model(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=self.device, dtype=torch.int64),
+            logits_to_keep=rows,
             step=step,
         )
         logits: Tensor = output.logits[0].float().cpu()

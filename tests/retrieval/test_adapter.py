@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from retrieval import adapter
-from retrieval.adapter import Span, Step, UnsupportedModelError, attention_forward, no_mask, read_geometry, register
+from retrieval.adapter import UnsupportedModelError, attention_forward, no_mask, read_geometry, register
+from retrieval.attention import Span, Step
 from retrieval.context import Context
 from retrieval.decode import TorchDecoder
 from retrieval.methods import METHODS, make_method

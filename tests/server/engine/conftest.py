@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from server.engine.build import build_engine
 from server.engine.config import EngineConfig
@@ -31,6 +42,8 @@ SIZES: dict[str, Any] = {
 }
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(head_dim=16, **SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(pad_token_id=0, **SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=32, **SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(head_dim=16, sliding_window=64, **SIZES)),
 }

@@ -41,6 +41,19 @@ async def test_greedy_tokens_equal_transformers_generate(
         assert tokens_of(await run(engine, ids, max_tokens=24)) == generate(tiny_model(family), ids, 24), num_tokens
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+async def test_fused_and_eager_forwards_agree(family, make_engine, prompt, run, tokens_of):
+    """Phi-3 has fused weights of its own kind: it runs through transformers in both."""
+    fused, eager = make_engine(family), make_engine(family, enforce_eager=True)
+    assert (fused._runner._fused is None) == (family == "phi3")
+    assert eager._runner._fused is None
+    ids = prompt(200, seed=2)
+    events = [await run(engine, ids, max_tokens=12, num_logprobs=0) for engine in (fused, eager)]
+    assert tokens_of(events[0]) == tokens_of(events[1])
+    logprobs = [[e.logprob.logprob for e in es if isinstance(e, Token)] for es in events]
+    torch.testing.assert_close(torch.tensor(logprobs[0]), torch.tensor(logprobs[1]), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("attention", ["full", "retrieval"])
 async def test_bundled_model_equals_transformers_generate(attention, make_engine, prompt, run, tokens_of):
     engine = make_engine(model=str(DEMO), attention=attention, num_retrieved=4096, dtype="float32")

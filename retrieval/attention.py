@@ -1,0 +1,87 @@
+"""Attention of one packed row in one layer: writes K and V, splits the row by sequence, decodes and prefills.
+
+All the rest of a model is token-wise, so this is the only place where sequences differ. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrieval.context import Context, Run
+from retrieval.decode import Decoder, DecodeRow, DecodeStats
+from retrieval.methods import AttentionMethod
+from retrieval.methods.base import clip_runs
+from retrieval.prefill import attend_chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A sequence's tokens in the packed row: `[row, row + num_tokens)`."""
+
+    context: Context
+    row: int
+    num_tokens: int
+
+
+class Step:
+    """What the attention function needs for one forward pass: decode spans first, one token each."""
+
+    def __init__(self, decodes: list[Span], prefills: list[Span], method: AttentionMethod, decoder: Decoder) -> None:
+        self.decodes, self.prefills = decodes, prefills
+        self.method, self.decoder = method, decoder
+        self.stats = DecodeStats()  # filled by the attention function
+        self.decode_seconds = 0.0  # summed over layers, filled by the attention function
+        self.keep_queries_of: int | None = None  # layer whose decode queries are kept, set by the runner
+        self.kept_queries: Tensor | None = None  # [num_decodes, num_q_heads, head_dim]
+        self._rows: dict[int | None, list[DecodeRow]] = {}
+
+    def rows(self, sliding_window: int | None) -> list[DecodeRow]:
+        """What each decode token sees; the same in all layers of one window, so chosen once a step."""
+        if sliding_window not in self._rows:
+            self._rows[sliding_window] = [
+                DecodeRow(s.context, self._select(s.context, sliding_window)) for s in self.decodes
+            ]
+        return self._rows[sliding_window]
+
+    def _select(self, context: Context, window: int | None) -> list[Run]:
+        if window is not None and context.num_tokens + 1 > window:
+            return clip_runs(context.runs(num_new=1), context.num_tokens + 1 - window)
+        return self.method.select(context)
+
+
+def attend_packed(
+    queries: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: float, sliding_window: int | None, step: Step
+) -> Tensor:
+    """queries `[num_tokens, num_q_heads, head_dim]`, keys and values `[num_tokens, num_kv_heads, head_dim]`.
+
+    Writes K and V to each context's tail (committed by the caller after the pass); returns the shape and
+    dtype of the queries.
+    """
+    out = torch.empty_like(queries)
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    for span in (*step.decodes, *step.prefills):
+        rows = slice(span.row, span.row + span.num_tokens)
+        span.context.tail.write(layer_idx, keys[:, rows], values[:, rows])
+    num_decodes = len(step.decodes)
+    if num_decodes:
+        out[:num_decodes] = _decode(queries[:num_decodes], layer_idx, scale, sliding_window, step)
+    for span in step.prefills:
+        rows = slice(span.row, span.row + span.num_tokens)
+        chunk = queries[rows].transpose(0, 1)
+        step.method.observe(span.context, layer_idx, chunk)
+        out[rows] = attend_chunk(chunk, span.context, layer_idx, scale, sliding_window).transpose(0, 1)
+    return out
+
+
+def _decode(queries: Tensor, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:
+    """queries `[num_decodes, num_q_heads, head_dim]`; float32 output of the same shape."""
+    started = time.perf_counter()
+    if step.keep_queries_of == layer_idx:
+        step.kept_queries = queries
+    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, step.stats)
+    step.decode_seconds += time.perf_counter() - started
+    return out

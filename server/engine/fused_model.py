@@ -1,0 +1,141 @@
+"""A forward pass of the Llama family with few dispatches: fused projections, no module calls, no mask.
+
+Made from a loaded transformers model, whose weights it shares or concatenates; the same numbers as its own
+forward up to rounding. Exists because a small model's decode step is all dispatch: transformers' forward costs
+a few milliseconds whatever the context. A model it does not know runs through transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.attention import Step, attend_packed
+from retrieval.geometry import Geometry
+
+KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """Weights of one decoder layer; `qkv` and `gate_up` are concatenated along their outputs."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [head_dim], Qwen3
+    k_norm: Tensor | None
+    out: Tensor  # [hidden, num_q_heads * head_dim]
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor  # [hidden, intermediate]
+    scale: float
+    sliding_window: int | None
+
+
+class FusedModel:
+    """`forward` takes what the packed step needs and returns logits."""
+
+    def __init__(self, model: Any, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._embedding: Tensor = model.model.embed_tokens.weight
+        self._rotary = model.model.rotary_emb
+        self._epsilon = float(model.config.rms_norm_eps)
+        windows = geometry.sliding_windows
+        self._layers = [_fuse(layer, window) for layer, window in zip(model.model.layers, windows, strict=True)]
+        self._norm: Tensor = model.model.norm.weight
+        self._head, self._head_bias = model.lm_head.weight, model.lm_head.bias
+
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
+        """tokens and positions int64 `[num_tokens]`, wanted int64 rows; logits `[num_wanted, vocab_size]`."""
+        hidden = functional.embedding(tokens, self._embedding)
+        cos, sin = self._rotary(hidden[None], position_ids=positions[None])
+        cos, sin = cos[0, :, None], sin[0, :, None]  # [num_tokens, 1, head_dim]
+        for layer_idx, layer in enumerate(self._layers):
+            hidden = hidden + self._attend(layer, layer_idx, hidden, cos, sin, step)
+            hidden = hidden + self._feed_forward(layer, hidden)
+        if len(wanted) != len(hidden):
+            hidden = hidden[wanted]
+        return functional.linear(rms_norm(hidden, self._norm, self._epsilon), self._head, self._head_bias)
+
+    def _attend(
+        self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step
+    ) -> Tensor:
+        g = self._geometry
+        normed = rms_norm(hidden, layer.input_norm, self._epsilon)
+        heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, g.head_dim)
+        rotated, values = heads[:, : g.num_q_heads + g.num_kv_heads], heads[:, g.num_q_heads + g.num_kv_heads :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries = rms_norm(rotated[:, : g.num_q_heads], layer.q_norm, self._epsilon)
+            keys = rms_norm(rotated[:, g.num_q_heads :], layer.k_norm, self._epsilon)
+            rotated = torch.cat((queries, keys), dim=1)
+        rotated = rotate(rotated, cos, sin)
+        queries, keys = rotated[:, : g.num_q_heads].contiguous(), rotated[:, g.num_q_heads :]
+        attended = attend_packed(queries, keys, values, layer_idx, layer.scale, layer.sliding_window, step)
+        return functional.linear(attended.view(len(hidden), -1), layer.out, layer.out_bias)
+
+    def _feed_forward(self, layer: FusedLayer, hidden: Tensor) -> Tensor:
+        normed = rms_norm(hidden, layer.post_norm, self._epsilon)
+        gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, layer.down)
+
+
+def fuse(model: Any, geometry: Geometry) -> FusedModel | None:
+    """The fused forward of a model of a known family with plain linear layers; None for any other."""
+    if type(model).__name__ not in KNOWN_MODELS or model.config.hidden_act != "silu":
+        return None
+    layers = list(model.model.layers)
+    if not all(_is_plain(layer) for layer in layers) or type(model.lm_head) is not nn.Linear:
+        return None
+    return FusedModel(model, geometry)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Nothing in the layer but what `FusedLayer` holds: no quantized linears, no adapters, no extra norms."""
+    linears = [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    linears += [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    has_known_children = {name for name, _ in layer.named_children()} <= LAYER_CHILDREN and {
+        name for name, _ in layer.self_attn.named_children()
+    } <= ATTENTION_CHILDREN
+    has_mlp_bias = any(linear.bias is not None for linear in linears[:3])
+    return has_known_children and not has_mlp_bias and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _fuse(layer: Any, sliding_window: int | None) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    has_bias = attention.q_proj.bias is not None
+    return FusedLayer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=torch.cat([p.weight for p in projections]),
+        qkv_bias=torch.cat([p.bias for p in projections]) if has_bias else None,
+        q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        post_norm=layer.post_attention_layernorm.weight,
+        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down=mlp.down_proj.weight,
+        scale=float(attention.scaling),
+        sliding_window=sliding_window,
+    )
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square layer norm in float32, rounded to the input's dtype before the weight is applied."""
+    wide = hidden.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
+    return (wide * scale).to(hidden.dtype) * weight
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `[num_tokens, heads, head_dim]`, halves paired as in transformers' Llama."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * cos, torch.cat((-second, first), dim=-1), sin)
