@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     """auto, cpu, cuda or cuda:N; auto: a GPU when there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint; off, since that is somebody else's code."""
+    enforce_eager: bool = False
+    """Run transformers' own forward even for model families that the fused one knows; slower, for comparison."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in the engine that no request seeds itself."""
 
@@ -139,8 +141,9 @@ class Settings(BaseSettings):
     """Tokens at the start that are always attended exactly; RetrievalAttention's figure."""
     window_size: int = Field(512, ge=1)
     """Newest tokens that are always attended exactly; RetrievalAttention's figure."""
-    num_retrieved: int = Field(256, ge=1)
-    """Keys fetched per head and query from the index; more is slower and closer to full attention."""
+    num_retrieved: int = Field(0, ge=0)
+    """Keys fetched per head and query from the index; 0: as many as matter (rabitq tells by its bounds), 256 for
+    the other kinds. More is slower and closer to full attention."""
     seal_tokens: int = Field(2048, ge=1)
     """Tokens by which the newest part may outgrow the window before its old end is sealed and indexed."""
     num_index_queries: int = Field(8192, ge=1)
