@@ -14,6 +14,8 @@ from torch import Tensor
 from server.engine.events import TokenLogprob
 from server.engine.request import SamplingParams
 
+GREEDY_TEMPERATURE = 1e-5  # below it softmax is one-hot, and float32 may turn the temperature into 0; as in vLLM
+
 
 class NonFiniteLogitsError(RuntimeError):
     """The model gave NaN, or no finite logit at all, for this sequence."""
@@ -57,11 +59,12 @@ def sample(
 
     end_ids: eos and stop tokens, forbidden until `min_tokens` were generated. Raises `NonFiniteLogitsError`.
     """
-    if bool(torch.isnan(logits).any()) or not bool(torch.isfinite(logits.max())):
-        raise NonFiniteLogitsError("the model returned logits that are not finite")
     logits = _bias(logits, params, num_generated, end_ids)
     logits = _penalise(logits, params, state)
-    token_id = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params, state)
+    if bool(torch.isnan(logits).any()) or not bool(torch.isfinite(logits.max())):
+        raise NonFiniteLogitsError("the logits are not finite, or no token may be chosen")
+    is_greedy = params.temperature < GREEDY_TEMPERATURE
+    token_id = int(logits.argmax()) if is_greedy else _draw(logits, params, state)
     if state.counts is not None:
         state.counts[token_id] += 1
     return _with_logprobs(token_id, logits, params.num_logprobs)
