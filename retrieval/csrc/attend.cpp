@@ -201,7 +201,7 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part) {
   stats_.num_visible += num_heads * (part.end - part.begin);
   std::int64_t coded = part.begin;
   if (part.codes) coded = std::clamp(part.codes->num_keys_locked(), part.begin, part.end);
-  if (coded - part.begin < kSmallPart) coded = part.begin;
+  if (budget_.k == 0 && !will_list_ && coded - part.begin < kSmallPart) coded = part.begin;
   if (coded > part.begin || will_list_) {
     Scan scan;
     scan.part = &part;
@@ -335,6 +335,9 @@ void Job::find_floor(Unit& unit, int k) {
   const auto wanted = static_cast<std::size_t>(std::max({k, budget_.min_keys, kProbes}));
   std::fill_n(unit.best, kMaxGroup, -kInfinity);
   std::fill_n(unit.floor, kMaxGroup, -kInfinity);
+  std::int64_t num_visible = 0;
+  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
+  if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   for (const Partial& partial : unit.partials) {
     for (int h = 0; h < unit.queries.num; ++h) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   }

@@ -1,0 +1,139 @@
+"""The C++ core (retrieval/csrc). Every call checks shapes, then releases the GIL; bad input raises `ValueError`."""
+
+from torch import Tensor
+
+def simd_level() -> str:
+    """The instruction set in use: `scalar`, `avx2`, `avx512`, `avx512_bf16` or `neon`; RETRIEVAL_SIMD picks one."""
+
+def set_simd_level(name: str) -> None:
+    """Use another level; not while a search runs."""
+
+def num_threads() -> int:
+    """Threads a call works on, the caller's included."""
+
+def set_num_threads(num_threads: int) -> None:
+    """Replace the pool; by default it has one thread per physical core."""
+
+class LayerCodes:
+    """RaBitQ codes of the keys of one segment and layer, all KV heads. Searches may run while keys are appended."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, bits: int = 2, seed: int = 0) -> None: ...
+    def append(self, keys: Tensor) -> None:
+        """keys `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def num_keys(self) -> int:
+        """Keys per head."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def save(self) -> bytes: ...
+    @staticmethod
+    def load(data: bytes) -> LayerCodes: ...
+
+class Budget:
+    """How much of the searched parts is looked at, per query head."""
+
+    def __init__(
+        self,
+        k: int = 0,
+        beta: float = 10.0,
+        deviations: float = 3.5,
+        min_keys: int = 16,
+        max_keys: int = 16384,
+    ) -> None:
+        """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
+        `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
+        max_keys: rescored at most, per KV head and sequence."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def deviations(self) -> float: ...
+    @property
+    def min_keys(self) -> int: ...
+    @property
+    def max_keys(self) -> int: ...
+
+class AttendStats:
+    """Sums over sequences and query heads."""
+
+    @property
+    def num_visible(self) -> int:
+        """Keys attended or searched."""
+
+    @property
+    def num_scored(self) -> int:
+        """Exact inner products."""
+
+    @property
+    def num_retrieved(self) -> int:
+        """Keys of searched parts whose value entered the output."""
+
+    @property
+    def num_estimated(self) -> int:
+        """Keys estimated from all planes."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Codes, keys and values."""
+
+class Part:
+    """Positions [begin, end) of one segment and layer; keeps its tensors and codes alive."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        begin: int,
+        end: int,
+        codes: LayerCodes | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+    ) -> None:
+        """keys, values `[num_kv_heads, capacity, head_dim]` of one dtype, rows dense, heads apart by any stride;
+        int8 ones with scales float32 `[num_kv_heads, capacity]`. Without codes the part is attended exactly; with
+        codes, of positions [0, codes.num_keys), it is searched, and what lies behind them is attended exactly."""
+
+    @property
+    def begin(self) -> int: ...
+    @begin.setter
+    def begin(self, position: int) -> None: ...
+    @property
+    def end(self) -> int: ...
+    @end.setter
+    def end(self, position: int) -> None: ...
+    @property
+    def codes(self) -> LayerCodes | None: ...
+
+def attend_layer(
+    queries: Tensor,
+    parts: list[list[Part]],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    budget: Budget = ...,
+) -> AttendStats:
+    """Attention of one layer for one token of each sequence, over the disjoint parts of each.
+
+    queries `[num_seqs, num_q_heads, head_dim]` bf16, fp16 or fp32, contiguous; fills out float32
+    `[num_seqs, num_q_heads, head_dim]` and lse float32 `[num_seqs, num_q_heads]` (natural log, after
+    scaling; no key: out 0, lse -inf). The result does not depend on the number of threads.
+    """
+
+def search(queries: Tensor, part: Part, k: int, positions: Tensor, scores: Tensor, budget: Budget = ...) -> AttendStats:
+    """The best k keys of a part with one KV head for queries `[num_queries, head_dim]`.
+
+    Fills positions int64 `[num_queries, k]`, padded with -1, and scores float32 `[num_queries, k]`, raw inner
+    products, descending, padded with -inf.
+    """
