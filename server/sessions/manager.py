@@ -125,11 +125,13 @@ class SessionManager:
         """End a context; what it holds stays as segments for later requests."""
         if self._prefix_caching and context.tail.length >= MIN_KEPT_TOKENS:
             self._seal(context, token_ids, num_kept=0)
-        context.close()
+        self.drop(context)
 
     def drop(self, context: Context) -> None:
-        """End a context of which nothing is kept."""
+        """End a context of which nothing more is kept than was sealed; without prefix caching, not even that."""
         context.close()
+        if not self._prefix_caching:
+            self._remove_idle()
 
     @property
     def num_pending_builds(self) -> int:
@@ -164,6 +166,12 @@ class SessionManager:
         self._index(segment, context.query_sample)
         context.query_sample = None
         return segment
+
+    def _remove_idle(self) -> None:
+        """Forget what no context holds; children came after their parents, so the newest go first."""
+        for segment in reversed(list(self.store)):
+            if segment.num_references == 0 and segment.index_state != "building":
+                self.store.remove(segment)
 
     def _index(self, segment: Segment, sample: QuerySample | None) -> None:
         if self._builder is not None and segment.num_tokens >= self._static.seal_tokens:
