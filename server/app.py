@@ -16,6 +16,7 @@ from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestId
 from server.api.sampling import MODEL_DEFAULTS
 from server.api.service import Service
 from server.config import Settings
+from server.engine.grammar import GrammarCompiler
 from server.engine.tokenizer import Tokenizer
 from server.metrics import Metrics
 
@@ -59,6 +60,7 @@ def _service(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, metri
         created=int(time.time()),
         request_timeout_seconds=settings.request_timeout or None,
         keepalive_seconds=settings.sse_keepalive_seconds,
+        grammars=GrammarCompiler(tokenizer) if getattr(engine, "follows_constraints", False) else None,
         sampling_defaults={name: defaults[name] for name in MODEL_DEFAULTS if defaults.get(name) is not None},
     )
 

@@ -21,6 +21,7 @@ ONLY_IN = {
     "transformers": ("retrieval/adapter.py", "server/engine/model_runner.py", "server/engine/tokenizer.py"),
     "pydantic": ("server/api/", "server/config.py"),
     "pydantic_settings": ("server/config.py",),
+    "llguidance": ("server/engine/grammar.py",),
     "faiss": ("retrieval/index/",),
     "hnswlib": ("retrieval/index/",),
 }
@@ -39,7 +40,7 @@ NEVER = {
     "retrieval/segments.py": ("retrieval.adapter", "retrieval.attention"),
 }
 # The API sees of the engine only what crosses the border.
-API_MAY_SEE = ("server.engine.events", "server.engine.request", "server.engine.tokenizer")
+API_MAY_SEE = tuple(f"server.engine.{name}" for name in ("constraint", "events", "grammar", "request", "tokenizer"))
 
 
 def imports_of(path: Path) -> set[str]:

@@ -19,6 +19,7 @@ from server.api.logprobs import chat_logprobs
 from server.api.sampling import engine_request, text_options
 from server.api.service import Service, ServiceDep
 from server.api.streaming import Delta, TextUsage, Update
+from server.api.structure import constraint
 from server.api.usage import usage_info
 from server.api.wire.base import Name
 from server.api.wire.chat import (
@@ -71,7 +72,8 @@ class ChatCall:
             add_special_tokens=bool(self.body.add_special_tokens),
             template_kwargs=self.body.chat_template_kwargs,
         )
-        return engine_request(self.body, prompt, self.id, self.service, session_header)
+        make_constraint = await constraint(self.body, self.service)
+        return engine_request(self.body, prompt, self.id, self.service, session_header, make_constraint)
 
     async def collect(self, updates: AsyncGenerator[Update]) -> Response:
         """The whole answer as one JSON document."""

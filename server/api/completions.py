@@ -19,6 +19,7 @@ from server.api.logprobs import completion_logprobs
 from server.api.sampling import check_token_ids, engine_request, text_options
 from server.api.service import Service, ServiceDep
 from server.api.streaming import Delta, ScoredToken, TextUsage, Update
+from server.api.structure import constraint
 from server.api.usage import usage_info
 from server.api.wire.base import Name
 from server.api.wire.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
@@ -56,9 +57,13 @@ class CompletionCall:
     async def engine_requests(self, session_header: str | None) -> list[EngineRequest]:
         """One request per prompt, each with all of its choices."""
         requests = []
+        make_constraint = await constraint(self.body, self.service)
         for index, prompt in enumerate(self.body.prompts):
             token_ids = await self._token_ids(prompt)
-            requests.append(engine_request(self.body, token_ids, f"{self.id}-{index}", self.service, session_header))
+            request_id = f"{self.id}-{index}"
+            requests.append(
+                engine_request(self.body, token_ids, request_id, self.service, session_header, make_constraint)
+            )
         return requests
 
     async def echoes(self, requests: list[EngineRequest]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from server.api.service import Service
 from server.api.streaming import TextOptions
+from server.api.structure import MakeConstraint
 from server.api.wire.generation import GenerationRequest
 from server.engine.request import Request, SamplingParams
 from server.errors import InvalidRequestError
@@ -20,6 +21,7 @@ def engine_request(
     request_id: str,
     service: Service,
     session_header: str | None,
+    make_constraint: MakeConstraint | None = None,
 ) -> Request:
     """Raises InvalidRequestError for an empty prompt or ids outside of the vocabulary."""
     if not prompt_token_ids:
@@ -31,6 +33,7 @@ def engine_request(
         session_id=body.prompt_cache_key or session_header,
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
+        make_constraint=make_constraint,
     )
 
 

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from server.api.face import EngineFace
 from server.api.streaming import TextOptions, Update, generate
+from server.engine.grammar import GrammarCompiler
 from server.engine.request import Request as EngineRequest
 from server.engine.tokenizer import Tokenizer
 from server.errors import NotFoundError
@@ -27,6 +28,7 @@ class Service:
     created: int  # seconds since 1970, when the model was loaded
     request_timeout_seconds: float | None = None
     keepalive_seconds: float = 5.0
+    grammars: GrammarCompiler | None = None  # None: the engine does not follow constraints
     sampling_defaults: dict[str, float] = field(default_factory=dict)
 
     def check_model(self, name: str | None) -> str:

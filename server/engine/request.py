@@ -5,7 +5,10 @@ Immutable; made on the event loop, read by the engine thread. Knows nothing of H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from server.engine.constraint import LogitsConstraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,4 @@ class Request:
     cache_salt: str = ""  # tenants with different salts share no segments
     priority: int = 0  # lower runs earlier, as in vLLM
     max_new_tokens: int = 0  # resolved from sampling.max_tokens by Engine.submit
+    make_constraint: Callable[[], LogitsConstraint] | None = None  # called once per choice, on the engine thread

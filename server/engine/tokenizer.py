@@ -8,6 +8,7 @@ on the event loop.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,15 @@ class Tokenizer:
     def token_name(self, token_id: int) -> str:
         """The token as its vocabulary spells it."""
         return str(self._model.convert_ids_to_tokens(token_id))
+
+    def serialized(self) -> str | None:
+        """The Rust tokenizer as JSON, without padding and truncation; None for models without one."""
+        if self._backend is None:
+            return None
+        backend = copy.copy(self._backend)
+        backend.no_padding()
+        backend.no_truncation()
+        return str(backend.to_str())
 
     def close(self) -> None:
         """Ends the thread pool; queued work is dropped."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from server.api.wire.base import Name, Text, WireRequest, WireResponse
+from server.api.wire.structure import Choices, ResponseFormat, Schema, StructuredOutputs
 
 INT64 = 2**63
 MAX_N = 128  # OpenAI's
@@ -43,21 +44,15 @@ class GenerationRequest(WireRequest):
         "allowed_token_ids": (),
         "bad_words": ([],),
         "early_stopping": (False,),
-        "guided_choice": (),
         "guided_decoding_backend": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "guided_whitespace_pattern": (),
         "kv_transfer_params": (),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
         "prompt_logprobs": (),
-        "response_format": ({"type": "text"},),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "spaces_between_special_tokens": (True,),
-        "structured_outputs": (),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
         "vllm_xargs": ({},),
@@ -86,6 +81,13 @@ class GenerationRequest(WireRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
 
     user: Text | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)

@@ -1,0 +1,146 @@
+"""Grammars: whatever a sampler draws from the allowed tokens, finished texts match."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.engine.constraint import LogitsConstraint
+from server.engine.grammar import GrammarCompiler, GrammarSpec
+from server.engine.tokenizer import Tokenizer
+from server.errors import InvalidRequestError
+
+SCALARS: list[dict[str, Any]] = [
+    {"type": "string", "maxLength": 5},
+    {"type": "string", "enum": ["red", "grün", 'a"b']},
+    {"type": "integer", "minimum": -5, "maximum": 300},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "boolean"},
+    {"type": "null"},
+    {"const": 7},
+    {"type": "string", "pattern": "^[a-c]{1,3}$"},
+    {"type": "string", "format": "date"},
+]
+
+
+def _objects(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    def make(properties: dict[str, dict[str, Any]], num_required: int) -> dict[str, Any]:
+        required = list(properties)[:num_required]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    return st.builds(make, st.dictionaries(st.sampled_from("abcd"), values, min_size=1), st.integers(0, 4))
+
+
+def _arrays(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.builds(lambda item, most: {"type": "array", "items": item, "maxItems": most}, values, st.integers(0, 3))
+
+
+def _either(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.builds(lambda options: {"anyOf": options}, st.lists(values, min_size=1, max_size=3))
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(SCALARS), lambda inner: st.one_of(_objects(inner), _arrays(inner), _either(inner)), max_leaves=8
+)
+
+
+def draw(constraint: LogitsConstraint, tokenizer: Tokenizer, rng: random.Random, most: int = 2000) -> str:
+    """A text of random allowed tokens, up to eos."""
+    token_ids: list[int] = []
+    for _ in range(most):
+        allowed = constraint.allowed_tokens(tokenizer.vocab_size).nonzero()[0].tolist()
+        assert allowed
+        token_id = rng.choice(allowed)
+        constraint.accept(token_id)
+        if token_id in tokenizer.eos_token_ids:
+            return tokenizer.decode(token_ids)
+        token_ids.append(token_id)
+    pytest.fail(f"not finished: {tokenizer.decode(token_ids)}")
+
+
+@pytest.fixture(scope="session")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer)
+
+
+def make(compiler: GrammarCompiler, kind: Any, source: Any) -> LogitsConstraint:
+    return asyncio.run(compiler.compile(GrammarSpec(kind, source, "response_format")))()
+
+
+@given(SCHEMAS, st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_finished_json_validates_against_its_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
+) -> None:
+    text = draw(make(compiler, "json_schema", schema), tokenizer, random.Random(seed))
+    jsonschema.validate(json.loads(text), schema)
+
+
+def test_choice_is_one_of_the_texts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    choices = ["yes", "no", 'it\'s "maybe"\n', "日本"]
+    drawn = {draw(make(compiler, "choice", choices), tokenizer, random.Random(seed)) for seed in range(40)}
+    assert drawn <= set(choices)
+    assert len(drawn) > 1
+
+
+def test_text_matches_the_pattern(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    pattern = r"[A-F0-9]{4}-(left|right)"
+    assert re.fullmatch(pattern, draw(make(compiler, "regex", pattern), tokenizer, random.Random(0)))
+
+
+def test_grammars_may_be_lark_or_gbnf(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    for grammar in ('start: "a" "b"', 'root ::= "a" "b"'):
+        assert draw(make(compiler, "grammar", grammar), tokenizer, random.Random(0)) == "ab"
+
+
+def test_sequences_of_one_grammar_do_not_share_their_state(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    maker = asyncio.run(compiler.compile(GrammarSpec("choice", ["ab", "cd"], "x")))
+    first, second = maker(), maker()
+    (a,) = asyncio.run(tokenizer.encode("a"))
+    first.accept(a)
+    (c,) = asyncio.run(tokenizer.encode("c"))
+    assert not first.allowed_tokens(tokenizer.vocab_size)[c]
+    assert second.allowed_tokens(tokenizer.vocab_size)[c]
+
+
+def test_only_eos_is_allowed_after_the_end_and_logits_may_outnumber_tokens(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    constraint = make(compiler, "choice", ["a"])
+    (a,) = asyncio.run(tokenizer.encode("a"))
+    constraint.accept(a)
+    allowed = constraint.allowed_tokens(tokenizer.vocab_size + 100)
+    assert set(allowed.nonzero()[0].tolist()) == set(tokenizer.eos_token_ids)
+    constraint.accept(*tokenizer.eos_token_ids)
+    assert set(constraint.allowed_tokens(tokenizer.vocab_size).nonzero()[0].tolist()) == set(tokenizer.eos_token_ids)
+
+
+def test_token_that_is_not_allowed_is_an_error(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    (z,) = asyncio.run(tokenizer.encode("z"))
+    with pytest.raises(ValueError, match="cannot be followed"):
+        make(compiler, "choice", ["a"]).accept(z)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("json_schema", {"type": "array", "uniqueItems": True}),
+        ("json_schema", {"$ref": "#/$defs/nothing"}),
+        ("json_schema", {"type": "colour"}),
+        ("regex", "("),
+        ("grammar", "start: nothing"),
+        ("grammar", "::="),
+    ],
+)
+def test_what_cannot_be_followed_is_the_callers_error(compiler: GrammarCompiler, kind: Any, source: Any) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        make(compiler, kind, source)
+    assert error.value.param == "response_format"
