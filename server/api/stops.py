@@ -16,6 +16,7 @@ class StopFinder:
         self._include_stop = include_stop
         self._held = ""
         self.found: str | None = None
+        self.rest = ""  # of the pushed text, what follows the stop string
 
     def push(self, text: str, *, is_armed: bool = True) -> str:
         """Text to show now. Sets `found` when a stop string is complete; nothing may be pushed after that.
@@ -33,7 +34,7 @@ class StopFinder:
         )
         if hit is not None:
             at, _, self.found = hit
-            self._held = ""
+            self._held, self.rest = "", text[at + len(self.found) :]
             return text[: at + len(self.found)] if self._include_stop else text[:at]
         keep = self._num_held(text)
         self._held = text[len(text) - keep :]
