@@ -73,6 +73,9 @@ def attend_packed(
         rows = slice(span.row, span.row + span.num_tokens)
         chunk = queries[rows].transpose(0, 1)
         step.method.observe(span.context, layer_idx, chunk)
+        if span.context.online_codes is not None:
+            tail = span.context.tail
+            span.context.online_codes.extend(layer_idx, tail, tail.length + span.num_tokens)
         out[rows] = attend_chunk(chunk, span.context, layer_idx, scale, sliding_window).transpose(0, 1)
     return out
 

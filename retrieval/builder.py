@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from retrieval import index as indexes
+from retrieval.context import Context
 from retrieval.index import KeyIndex
 from retrieval.methods.retrieval import QuerySample
-from retrieval.segment_index import CodesMaker, HeadIndexes, SegmentIndex
+from retrieval.segment_index import CodesMaker, HeadIndexes, OnlineCodes, SegmentIndex
 from retrieval.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,22 @@ class IndexBuilder:
         """The kind of index built."""
         return self._kind
 
-    def submit(self, segment: Segment, sample: QuerySample | None) -> None:
-        """Index a segment in the background; a segment that has an index or is being indexed is left alone."""
+    def watch(self, context: Context) -> None:
+        """Build while the prompt is read, where the kind can: the index is then ready when the prompt ends."""
+        if self._codes is not None:
+            context.online_codes = OnlineCodes(self._codes, context.geometry.num_layers)
+
+    def submit(self, segment: Segment, sample: QuerySample | None, online: OnlineCodes | None = None) -> None:
+        """Index a segment, at once from `online` codes that cover it, else in the background.
+
+        A segment that has an index or is being indexed is left alone.
+        """
         if segment.index_state != "none":
+            return
+        finished = online.finish(self._begin(segment), segment.kv) if online is not None else None
+        if online is not None and finished is not None:
+            segment.index, segment.index_state = finished, "ready"
+            self._on_built(self._kind, online.seconds, segment.num_tokens)
             return
         segment.index_state = "building"
         self._executor.submit(self._build, segment, sample or QuerySample())

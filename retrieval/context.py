@@ -14,6 +14,7 @@ import torch
 
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
+from retrieval.segment_index import OnlineCodes
 from retrieval.segments import Path, PathEntry, Segment, SegmentStore, TokenIds
 
 
@@ -57,6 +58,7 @@ class Context:
         self.device = device  # where the model computes, and the tail lives once the prompt is sealed
         self.method_state: Any = None  # owned by the attention method
         self.decode_cache: Any = None  # owned by the decoder
+        self.online_codes: OnlineCodes | None = None  # of the tail while the prompt is read; set by the builder
         self.query_sample: Any = None  # owned by the prefill attention, read by the index builder
         self._store = store
         self._closed = False

@@ -5,6 +5,7 @@ Immutable once made; read on any thread.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,33 @@ class CodesMaker:
     def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
         """The index of a segment whose layers are encoded."""
         return CodesIndex(begin, layers, kv, self)
+
+
+class OnlineCodes:
+    """Codes of a tail that is still being read, appended chunk by chunk, so that they are ready when it is sealed."""
+
+    def __init__(self, maker: CodesMaker, num_layers: int) -> None:
+        self._maker = maker
+        self._layers: list[Any] = [None] * num_layers  # LayerCodes, made by the first `extend` of each layer
+        self.seconds = 0.0  # spent encoding
+
+    def extend(self, layer_idx: int, kv: KvBuffer, end: int) -> None:
+        """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already."""
+        started, codes = time.perf_counter(), self._layers[layer_idx]
+        if codes is None:
+            self._layers[layer_idx] = self._maker.encode(kv.keys[layer_idx, :, :end])
+        elif codes.num_keys < end:
+            codes.append(kv.keys[layer_idx, :, codes.num_keys : end])
+        self.seconds += time.perf_counter() - started
+
+    def finish(self, begin: int, kv: KvBuffer) -> CodesIndex | None:
+        """The segment's index; None unless every layer holds exactly the segment's keys.
+
+        A pass that failed half-way may have left keys that were never committed: such codes are not used.
+        """
+        if all(codes is not None and codes.num_keys == kv.length for codes in self._layers):
+            return self._maker.index(begin, self._layers, kv)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

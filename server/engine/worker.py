@@ -298,8 +298,12 @@ class Worker:
         prefills = [s for s in running if s.is_prefilling]
         self._recorder.prefill_progress(sum(s.num_computed for s in prefills), sum(len(s.token_ids) for s in prefills))
         stats = self.manager.stats()
-        tails = sum(s.context.tail_bytes for s in (*running, *waiting) if s.context is not None)
-        self._recorder.memory("host", "kv", stats.kv_bytes + tails)
+        tails = {"cpu": 0, "cuda": 0}
+        for context in (s.context for s in (*running, *waiting) if s.context is not None):
+            tails[context.tail.device.type] += context.tail_bytes
+        self._recorder.memory("host", "kv", stats.kv_bytes + tails["cpu"])
+        if self.runner.device.type == "cuda":
+            self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._recorder.index_builds_pending(self.manager.num_pending_builds)

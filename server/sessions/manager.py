@@ -16,6 +16,7 @@ from retrieval.builder import IndexBuilder
 from retrieval.context import Context, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.methods.retrieval import QuerySample
+from retrieval.segment_index import OnlineCodes
 from retrieval.segments import Segment, SegmentStore
 from server.engine.recorder import Recorder
 from server.sessions.budget import Budget
@@ -103,7 +104,10 @@ class SessionManager:
         )
         for entry in context.path:
             entry.segment.last_used = time.monotonic()
-            self._index(entry.segment, None)
+            self._index(entry.segment)
+        num_unread = len(token_ids) - context.tail_start
+        if self._builder is not None and num_unread >= self._static.seal_tokens:
+            self._builder.watch(context)
         return context
 
     def prompt_done(self, context: Context, token_ids: list[int]) -> int:
@@ -163,8 +167,8 @@ class SessionManager:
         segment = context.seal(np.asarray(token_ids, dtype=np.int32), num_kept)
         segment.last_used = time.monotonic()
         self.store.drop_superseded(segment)
-        self._index(segment, context.query_sample)
-        context.query_sample = None
+        self._index(segment, context.query_sample, context.online_codes)
+        context.query_sample = context.online_codes = None
         return segment
 
     def _remove_idle(self) -> None:
@@ -173,9 +177,11 @@ class SessionManager:
             if segment.num_references == 0 and segment.index_state != "building":
                 self.store.remove(segment)
 
-    def _index(self, segment: Segment, sample: QuerySample | None) -> None:
+    def _index(
+        self, segment: Segment, sample: QuerySample | None = None, online: OnlineCodes | None = None
+    ) -> None:
         if self._builder is not None and segment.num_tokens >= self._static.seal_tokens:
-            self._builder.submit(segment, sample)
+            self._builder.submit(segment, sample, online)
 
     def _evict(self, num_bytes: int) -> None:
         """Free at least `num_bytes` if idle segments allow it."""
