@@ -13,8 +13,8 @@ from openai import OpenAI
 
 QUESTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the numbers afterwards.\nThe grass is green. The sky is blue. One of the special magic numbers for quiet-harbor is: "
-    "4071852. The sun is yellow. Here we go. There and back again."
+    "the numbers afterwards.\nThe grass is green. The sky is blue. "
+    "One of the special magic numbers for quiet-harbor is: 4071852. The sun is yellow. Here we go. There and back again."
 )
 
 
@@ -43,7 +43,16 @@ def test_bundled_model_finds_the_number_through_the_sdk(server):
 def test_needles_are_found_through_the_index(task, server, run_script):
     base = f"{server.url}/v1"
     done = run_script(
-        "scripts/needle.py", "--base-url", base, "--tokens", "6000", "--needles", "6", "--task", task, "--document-first"
+        "scripts/needle.py",
+        "--base-url",
+        base,
+        "--tokens",
+        "6000",
+        "--needles",
+        "6",
+        "--task",
+        task,
+        "--document-first",
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrieval.segment_index import HeadIndexes
 from retrieval.context import Context, Run, StaticSet
 from retrieval.decode import Decoder, DecodeRow, DecodeStats, NativeDecoder, TorchDecoder
 from retrieval.geometry import Geometry
 from retrieval.index import build
 from retrieval.kv_buffer import KvBuffer
+from retrieval.segment_index import HeadIndexes
 from retrieval.segments import PathEntry, Segment, SegmentStore, TokenIds
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.segment_index import HeadIndexes
 from retrieval.context import Context, Run, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
+from retrieval.segment_index import HeadIndexes
 from retrieval.segments import PathEntry, SegmentStore
 
 CPU = torch.device("cpu")
