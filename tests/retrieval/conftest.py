@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,6 +128,15 @@ def decode_with(kind: str) -> Decode:
 def decode(request: pytest.FixtureRequest) -> Decode:
     """`decode(queries, context, runs, layer_idx, num_retrieved, stats)`, by torch and by the C++ core."""
     return decode_with(request.param)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only makes them wait, worst on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

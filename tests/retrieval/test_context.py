@@ -44,7 +44,7 @@ def positions_of(context: Context, run: Run) -> list[int]:
     return [starts[id(run.kv)] + offset for offset in range(run.begin, run.end)]
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     parts=st.lists(PART, max_size=4),
     num_tail=st.integers(0, 9),

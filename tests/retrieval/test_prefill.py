@@ -44,7 +44,7 @@ def visible(num_tokens: int, window: int | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-@pytest.mark.parametrize("sizes", [[75], [1] * 75, [16, 16, 16, 16, 11], [74, 1], [1, 74]], ids=str)
+@pytest.mark.parametrize("sizes", [[75], [1] * 10 + [65], [16, 16, 16, 16, 11], [74, 1], [1, 74]], ids=str)
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)], ids=str)
 def test_any_chunking_equals_one_causal_pass(
     make_world: Any, make_geometry: Any, oracle: Any, dtype: torch.dtype, sizes: list[int], heads: tuple[int, int]

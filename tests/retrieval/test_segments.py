@@ -44,7 +44,7 @@ short_runs = st.lists(st.integers(0, 1), min_size=1, max_size=4)
 plans = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 4), short_runs, st.sampled_from(SALTS)), max_size=14)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(plan=plans, prompt=st.lists(st.integers(0, 1), max_size=12), salt=st.sampled_from(SALTS))
 def test_longest_prefix_equals_brute_force_over_random_trees(
     plan: list[tuple[int, int, list[int], str]], prompt: list[int], salt: str

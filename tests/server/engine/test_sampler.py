@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ VOCAB = 8
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5, -2.0, 1.5, -0.5])  # by rank: 1 6 2 4 0 7 3 5
 NO_IDS = frozenset[int]()
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 6: 22.46, 7: 24.32}  # 99.9 % quantiles by degrees of freedom
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only makes them wait, worst on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(logits: Tensor = LOGITS, seed: int = 0, prompt: tuple[int, ...] = (), **params: Any) -> int:
