@@ -1,7 +1,7 @@
 """Attention of one decode token per sequence over its selected runs, merged exactly in float32.
 
 Two decoders behind one interface: `NativeDecoder` hands a whole layer of a whole batch to the C++ core;
-`TorchDecoder`, its twin and the way of other devices, goes run by run. Indexes of the contract (one per KV
+`TorchDecoder`, its twin and the way of a machine without the core, goes run by run. Indexes of the contract (one per KV
 head) are attended one by one in both. Runs on a device are attended there; only `(out, lse)` travel.
 """
 
@@ -55,6 +55,18 @@ class Decoder(ABC):
     ) -> Tensor:
         """queries `[num_seqs, num_q_heads, head_dim]`, one row each; float32 output of the same shape."""
 
+    def _attend_run(self, queries: Tensor, run: Run, layer_idx: int, scale: float, stats: DecodeStats) -> Partial:
+        """One run of one sequence, on the run's own device: queries `[num_q_heads, head_dim]`."""
+        if run.indexed is not None:
+            return self._attend_heads(queries, run, layer_idx, scale, stats)
+        count = (run.end - run.begin) * queries.shape[0]
+        stats.add(count, count, count)
+        keys = run.kv.keys[layer_idx, :, run.begin : run.end]
+        values = run.kv.values[layer_idx, :, run.begin : run.end]
+        local = queries.to(device=keys.device, dtype=keys.dtype)
+        out, lse = attend_grouped(local[:, None], keys, values, scale)
+        return out[:, 0].to(queries.device), lse[:, 0].to(queries.device)
+
     def _attend_heads(self, queries: Tensor, run: Run, layer_idx: int, scale: float, stats: DecodeStats) -> Partial:
         """Search a segment's index of each KV head up to the run's end: queries `[num_q_heads, head_dim]`."""
         assert run.indexed is not None
@@ -74,7 +86,7 @@ class Decoder(ABC):
 
 
 class TorchDecoder(Decoder):
-    """Run by run with torch: the oracle of the native decoder, and what serves other devices."""
+    """Run by run with torch: the oracle of the native decoder, and what serves without the core."""
 
     def attend(
         self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
@@ -85,23 +97,8 @@ class TorchDecoder(Decoder):
         )
 
     def _attend_row(self, queries: Tensor, runs: list[Run], layer_idx: int, scale: float, stats: DecodeStats) -> Tensor:
-        partials = [empty_partial(tuple(queries.shape), queries.device)]
-        for run in runs:
-            if run.indexed is not None:
-                partials.append(self._attend_heads(queries, run, layer_idx, scale, stats))
-            else:
-                partials.append(_attend_exact(queries, run, layer_idx, scale))
-                count = (run.end - run.begin) * queries.shape[0]
-                stats.add(count, count, count)
-        return merge(partials)[0]
-
-
-def _attend_exact(queries: Tensor, run: Run, layer_idx: int, scale: float) -> Partial:
-    keys = run.kv.keys[layer_idx, :, run.begin : run.end]
-    values = run.kv.values[layer_idx, :, run.begin : run.end]
-    local = queries.to(device=keys.device, dtype=keys.dtype)
-    out, lse = attend_grouped(local[:, None], keys, values, scale)
-    return out[:, 0].to(queries.device), lse[:, 0].to(queries.device)
+        found = [self._attend_run(queries, run, layer_idx, scale, stats) for run in runs]
+        return merge([empty_partial(tuple(queries.shape), queries.device), *found])[0]
 
 
 @dataclass(slots=True)
@@ -114,7 +111,7 @@ class _BoundParts:
 
 
 class NativeDecoder(Decoder):
-    """The C++ core's `attend_layer`: exact runs and runs behind layer codes in one call. CPU contexts only."""
+    """The C++ core's `attend_layer`: all runs in host memory, exact or behind layer codes, in one call."""
 
     def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)
@@ -124,15 +121,18 @@ class NativeDecoder(Decoder):
         self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
     ) -> Tensor:
         """As `Decoder.attend`."""
+        host = queries.to("cpu").contiguous()
         parts = [self._parts(row.context, row.runs)[layer_idx] for row in rows]
         out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:-1])
-        cost = self._core.attend_layer(queries.contiguous(), parts, scale, out, lse, self._budget)
+        cost = self._core.attend_layer(host, parts, scale, out, lse, self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
+        out, lse = out.to(queries.device), lse.to(queries.device)
         for i, row in enumerate(rows):
-            others = [run for run in row.runs if not _is_native(run)]
+            others = [
+                self._attend_run(queries[i], run, layer_idx, scale, stats) for run in row.runs if not _is_native(run)
+            ]
             if others:
-                found = [self._attend_heads(queries[i], run, layer_idx, scale, stats) for run in others]
-                out[i] = merge([(out[i], lse[i]), *found])[0]
+                out[i] = merge([(out[i], lse[i]), *others])[0]
         return out
 
     def _parts(self, context: Context, runs: list[Run]) -> list[list[Any]]:
@@ -158,5 +158,5 @@ class NativeDecoder(Decoder):
 
 
 def _is_native(run: Run) -> bool:
-    """Exact, or indexed by layer codes."""
-    return run.indexed is None or isinstance(run.indexed.index, CodesIndex)
+    """In host memory, and exact or indexed by layer codes."""
+    return run.kv.device.type == "cpu" and (run.indexed is None or isinstance(run.indexed.index, CodesIndex))

@@ -17,7 +17,7 @@ from retrieval.probe import LiveProbe
 from retrieval.segment_index import CodesMaker
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.model_runner import ModelRunner, resolve_device
+from server.engine.model_runner import ModelRunner
 from server.engine.recorder import Recorder
 from server.sessions.budget import Budget, default_host_budget
 from server.sessions.manager import SessionManager
@@ -63,16 +63,14 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
 
 
 def load_core(config: EngineConfig, recorder: Recorder) -> Any:
-    """The C++ core where contexts are decoded on the CPU, its threads set; None elsewhere or without it."""
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    if resolve_device(config.device).type != "cpu":
-        return None
+    """The C++ core, its threads set; None where it was not built."""
     core = native.core()
     if core is None:
         recorder.degraded("no_native_core")
-    elif config.num_threads:
-        core.set_num_threads(config.num_threads)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+        if core is not None:
+            core.set_num_threads(config.num_threads)
     return core
 
 

@@ -68,12 +68,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether messages can be rendered."""
-        return bool(self._chat_template or self._model.chat_template)
+        return bool(self.chat_template)
 
     @property
-    def knows_developer_role(self) -> bool:
-        """Whether the chat template treats OpenAI's `developer` messages itself."""
-        return "developer" in str(self._chat_template or self._model.chat_template)
+    def chat_template(self) -> str:
+        """The Jinja source; empty when there is none."""
+        return str(self._chat_template or self._model.chat_template or "")
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of `text`; long texts are encoded on a thread."""
