@@ -14,7 +14,8 @@ from openai import OpenAI
 QUESTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\nThe grass is green. The sky is blue. "
-    "One of the special magic numbers for quiet-harbor is: 4071852. The sun is yellow. Here we go. There and back again."
+    "One of the special magic numbers for quiet-harbor is: 4071852. "
+    "The sun is yellow. Here we go. There and back again."
 )
 
 
