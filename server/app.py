@@ -60,6 +60,8 @@ def _service(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, metri
         created=int(time.time()),
         request_timeout_seconds=settings.request_timeout or None,
         keepalive_seconds=settings.sse_keepalive_seconds,
+        tool_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
         grammars=GrammarCompiler(tokenizer) if getattr(engine, "follows_constraints", False) else None,
         sampling_defaults={name: defaults[name] for name in MODEL_DEFAULTS if defaults.get(name) is not None},
     )

@@ -98,6 +98,10 @@ class Settings(BaseSettings):
     """File of the TLS certificate chain."""
     chat_template: ExistingFile = None
     """File of a Jinja chat template used instead of the model's own."""
+    tool_call_parser: Literal["auto", "hermes", "llama3_json"] = "auto"
+    """How the model writes tool calls; auto: as its chat template does, else in Hermes' tags."""
+    reasoning_parser: Literal["auto", "think", "none"] = "auto"
+    """Whether text in <think> tags is reasoning_content; auto: if the chat template knows these tags."""
 
     # Model
     model: str | None = None

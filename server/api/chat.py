@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,30 +12,20 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 
 from server.api import sse
-from server.api.collected import Collected
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
 from server.api.logprobs import chat_logprobs
-from server.api.sampling import engine_request, text_options
-from server.api.service import Service, ServiceDep
-from server.api.streaming import Delta, TextUsage, Update
-from server.api.structure import constraint
+from server.api.parts.base import CallArguments, CallStart, Content, Part, Reasoning
+from server.api.service import ServiceDep
+from server.api.streaming import TextUsage
+from server.api.turn import CollectedTurn, Turn, TurnDelta, collect, new_call_id, prepare
 from server.api.usage import usage_info
 from server.api.wire.base import Name
-from server.api.wire.chat import (
-    AnswerMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatMessage,
-    ChatRequest,
-    ChatResponse,
-    ChunkChoice,
-)
+from server.api.wire.chat import AnswerMessage, ChatChoice, ChatChunk, ChatRequest, ChatResponse, ChunkChoice
 from server.api.wire.chat import Delta as WireDelta
 from server.api.wire.generation import UsageInfo
+from server.api.wire.tools import AnswerFunction, AnswerToolCall, ToolCallDelta
 from server.engine.events import Progress
-from server.engine.request import Request as EngineRequest
-from server.engine.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -45,103 +35,86 @@ async def create_chat_completion(
     body: ChatRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
 ) -> Response:
     """Answers a conversation."""
-    call = ChatCall(body, service, service.check_model(body.model))
-    request = await call.engine_request(x_session_id)
-    updates = service.generate([request], text_options(body))
+    model = service.check_model(body.model)
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    answer = ChatAnswer(await prepare(body, service, completion_id, x_session_id), completion_id, model)
     if body.stream:
-        return sse.EventStream(call.stream(updates), service.keepalive_seconds)
-    return await unless_disconnected(http, call.collect(updates))
+        return sse.EventStream(answer.stream(), service.keepalive_seconds)
+    return await unless_disconnected(http, answer.collect())
 
 
 @dataclass(slots=True)
-class ChatCall:
-    """One call: what its answer repeats in every part."""
+class ChatAnswer:
+    """One answer: what it repeats in every chunk."""
 
-    body: ChatRequest
-    service: Service
+    turn: Turn
+    id: str
     model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def engine_request(self, session_header: str | None) -> EngineRequest:
-        """Renders and encodes the messages."""
-        prompt = await self.service.tokenizer.encode_chat(
-            template_messages(self.body.messages, self.service.tokenizer),
-            add_generation_prompt=self.body.add_generation_prompt,
-            continue_final_message=self.body.continue_final_message,
-            add_special_tokens=bool(self.body.add_special_tokens),
-            template_kwargs=self.body.chat_template_kwargs,
-        )
-        make_constraint = await constraint(self.body, self.service)
-        return engine_request(self.body, prompt, self.id, self.service, session_header, make_constraint)
-
-    async def collect(self, updates: AsyncGenerator[Update]) -> Response:
+    async def collect(self) -> Response:
         """The whole answer as one JSON document."""
-        choices = [Collected() for _ in range(self.body.n or 1)]
-        async with aclosing(updates):
-            async for update in updates:
-                if isinstance(update, Delta):
-                    choices[update.choice].add(update)
-                elif isinstance(update, TextUsage):
-                    usage = usage_info(update)
+        choices, usage = await collect(self.turn)
         answer = ChatResponse(
             id=self.id,
+            object="chat.completion",
             created=self.created,
             model=self.model,
             choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
-            usage=usage,
+            usage=usage_info(usage),
         )
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
-    async def stream(self, updates: AsyncGenerator[Update]) -> AsyncGenerator[str]:
-        """The answer as events: the role, the text in pieces, the finish reason, the usage when asked for."""
-        has_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+    async def stream(self) -> AsyncGenerator[str]:
+        """The answer as events: the role, the parts as they come, the finish reason, the usage when asked for."""
+        options = self.turn.body.stream_options
+        has_usage = options is not None and options.include_usage
         has_begun = False
-        async with aclosing(updates):
+        async with aclosing(self.turn.run()) as updates:
             async for update in updates:
                 if not has_begun and not isinstance(update, Progress):
                     has_begun = True
-                    for index in range(self.body.n or 1):
-                        yield self._event([_role_choice(index)], has_usage)
+                    for index in range(self.turn.request.sampling.n):
+                        yield self._event(_role_choice(index), has_usage)
                 match update:
                     case Progress():
                         yield sse.comment(update)
-                    case Delta():
+                    case TurnDelta():
                         for choice in self._chunk_choices(update):
-                            yield self._event([choice], has_usage)
+                            yield self._event(choice, has_usage)
                     case TextUsage() if has_usage:
                         yield sse.event(self._chunk([], usage=usage_info(update)))
         yield sse.DONE
 
-    def _choice(self, index: int, collected: Collected) -> ChatChoice:
+    def _choice(self, index: int, collected: CollectedTurn) -> ChatChoice:
+        tokenizer = self.turn.service.tokenizer
         return ChatChoice(
             index=index,
-            message=AnswerMessage(content=collected.text),
-            logprobs=chat_logprobs(collected.tokens, self.service.tokenizer) if self.body.logprobs else None,
+            message=_message(collected),
+            logprobs=chat_logprobs(collected.tokens, tokenizer) if self.turn.body.logprobs else None,
             finish_reason=collected.finish_reason,
             stop_reason=collected.stop_reason,
         )
 
-    def _chunk_choices(self, delta: Delta) -> list[ChunkChoice]:
-        choices = []
-        if delta.text or delta.tokens:
-            logprobs = chat_logprobs(delta.tokens, self.service.tokenizer) if self.body.logprobs else None
-            piece = WireDelta(content=delta.text)
-            choices.append(ChunkChoice(index=delta.choice, delta=piece, logprobs=logprobs, finish_reason=None))
+    def _chunk_choices(self, delta: TurnDelta) -> Iterator[ChunkChoice]:
+        """One per part; the first one carries the log-probabilities, the last one the finish reason."""
+        tokens = delta.tokens
+        parts = [_part_delta(part) for part in delta.parts] or ([WireDelta(content="")] if tokens else [])
+        for part in parts:
+            logprobs = chat_logprobs(tokens, self.turn.service.tokenizer) if self.turn.body.logprobs else None
+            yield ChunkChoice(index=delta.choice, delta=part, logprobs=logprobs, finish_reason=None)
+            tokens = ()
         if delta.finish_reason is not None:
-            choices.append(
-                ChunkChoice(
-                    index=delta.choice,
-                    delta=WireDelta(),
-                    logprobs=None,
-                    finish_reason=delta.finish_reason,
-                    stop_reason=delta.stop_reason,
-                )
+            yield ChunkChoice(
+                index=delta.choice,
+                delta=WireDelta(),
+                logprobs=None,
+                finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
             )
-        return choices
 
-    def _event(self, choices: list[ChunkChoice], has_usage: bool) -> str:
-        return sse.event(self._chunk(choices, usage=None) if has_usage else self._chunk(choices))
+    def _event(self, choice: ChunkChoice, has_usage: bool) -> str:
+        return sse.event(self._chunk([choice], usage=None) if has_usage else self._chunk([choice]))
 
     def _chunk(self, choices: list[ChunkChoice], **usage: UsageInfo | None) -> ChatChunk:
         """`usage` is written when given, even as null."""
@@ -150,16 +123,35 @@ class ChatCall:
         )
 
 
-def template_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Messages as chat templates expect them; `developer` becomes `system` where a template does not know it."""
-    return [_template_message(message, tokenizer.knows_developer_role) for message in messages]
+def _message(collected: CollectedTurn) -> AnswerMessage:
+    """Content is null when there is nothing but calls, as in OpenAI's API; other fields stand only when filled."""
+    has_content = bool(collected.content.strip()) or not collected.calls
+    message = AnswerMessage(role="assistant", content=collected.content if has_content else None, refusal=None)
+    if collected.reasoning:
+        message.reasoning_content = collected.reasoning
+    if collected.calls:
+        message.tool_calls = [
+            AnswerToolCall(
+                id=call.id, type="function", function=AnswerFunction(name=call.name, arguments=call.arguments)
+            )
+            for call in collected.calls
+        ]
+    return message
 
 
-def _template_message(message: ChatMessage, knows_developer: bool) -> dict[str, str]:
-    role = "system" if message.role == "developer" and not knows_developer else message.role
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
-    given = {name: value for name, value in optional.items() if value is not None}
-    return {"role": role, "content": message.text, **given}
+def _part_delta(part: Part) -> WireDelta:
+    match part:
+        case Content(text):
+            return WireDelta(content=text)
+        case Reasoning(text):
+            return WireDelta(reasoning_content=text)
+        case CallStart(call, name):
+            function = AnswerFunction(name=name, arguments="")
+            return WireDelta(
+                tool_calls=[ToolCallDelta(index=call, id=new_call_id(), type="function", function=function)]
+            )
+        case CallArguments(call, text):
+            return WireDelta(tool_calls=[ToolCallDelta(index=call, function=AnswerFunction(arguments=text))])
 
 
 def _role_choice(index: int) -> ChunkChoice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 
@@ -14,6 +14,9 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.request import Request as EngineRequest
 from server.engine.tokenizer import Tokenizer
 from server.errors import NotFoundError
+
+ToolParserName = Literal["auto", "hermes", "llama3_json"]
+ReasoningParserName = Literal["auto", "think", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Service:
     created: int  # seconds since 1970, when the model was loaded
     request_timeout_seconds: float | None = None
     keepalive_seconds: float = 5.0
+    tool_parser: ToolParserName = "auto"
+    reasoning_parser: ReasoningParserName = "auto"
     grammars: GrammarCompiler | None = None  # None: the engine does not follow constraints
     sampling_defaults: dict[str, float] = field(default_factory=dict)
 

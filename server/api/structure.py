@@ -18,12 +18,14 @@ ANY_OBJECT = {"type": "object"}
 MakeConstraint = Callable[[], LogitsConstraint]
 
 
-async def constraint(body: GenerationRequest, service: Service) -> MakeConstraint | None:
-    """Compiles what the body asks for; None when it asks for nothing.
+async def constraint(
+    body: GenerationRequest, service: Service, forced: GrammarSpec | None = None
+) -> MakeConstraint | None:
+    """Compiles what the body asks for, or what is `forced` besides; None when nothing is.
 
     Raises InvalidRequestError for two demands at once, and for schemas that cannot be followed.
     """
-    specs = list(_specs(body))
+    specs = [*_specs(body), *([forced] if forced else [])]
     if not specs:
         return None
     if len(specs) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.api.chat import template_messages
+from server.api.conversation import encode_conversation
 from server.api.documentation import ERRORS
 from server.api.sampling import check_token_ids
 from server.api.service import Service, ServiceDep
@@ -37,8 +37,10 @@ async def _token_ids(body: TokenizeRequest, service: Service) -> tuple[int, ...]
         return await service.tokenizer.encode(
             body.prompt or "", add_special_tokens=body.add_special_tokens is not False
         )
-    return await service.tokenizer.encode_chat(
-        template_messages(body.messages, service.tokenizer),
+    return await encode_conversation(
+        body.messages,
+        service.tokenizer,
+        tools=body.tools or [],
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=bool(body.add_special_tokens),

@@ -7,6 +7,7 @@ import time
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel
 
 from server.engine.events import Failure, Token
 from server.errors import ContextLengthError, MemoryExhaustedError, RateLimitError
@@ -166,3 +167,40 @@ def test_closing_the_stream_aborts_the_request(client: OpenAI, server: Running) 
             return
         time.sleep(0.01)
     pytest.fail("the request was not aborted")
+
+
+def test_tools(client: OpenAI, server: Running) -> None:
+    server.engine.script = says(
+        server.tokenizer, '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    )
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, tools=[tool])
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert answer.choices[0].message.tool_calls is not None
+    assert answer.choices[0].message.tool_calls[0].function.arguments == '{"city": "Rome"}'
+    with client.chat.completions.stream(model="demo", messages=MESSAGES, tools=[tool]) as stream:
+        for _ in stream:
+            pass
+        message = stream.get_final_completion().choices[0].message
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].function.arguments == '{"city": "Rome"}'
+    turn = [*MESSAGES, message.model_dump(exclude_none=True, exclude={"parsed"})]
+    call_id = message.tool_calls[0].id
+    history = [*turn, {"role": "tool", "tool_call_id": call_id, "content": "sunny"}]
+    server.engine.script = says(server.tokenizer, "the quick fox")
+    for turn_message in history:
+        for call in turn_message.get("tool_calls", []):
+            call.pop("index", None)
+            call["function"].pop("parsed_arguments", None)
+    assert client.chat.completions.create(model="demo", messages=history).choices[0].message.content
+
+
+def test_json_schema_by_a_pydantic_model(client: OpenAI, server: Running) -> None:
+    class Animal(BaseModel):
+        name: str
+        legs: int
+
+    server.engine.script = says(server.tokenizer, '{"name": "fox", "legs": 4}')
+    answer = client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Animal)
+    assert answer.choices[0].message.parsed == Animal(name="fox", legs=4)
+    assert server.engine.requests[0].make_constraint is not None

@@ -28,7 +28,7 @@ async def make_client(engine: FakeEngine, tokenizer: Tokenizer) -> AsyncIterator
     """`make_client(**settings)`: a client of an app with these settings over `engine`."""
     clients: list[httpx.AsyncClient] = []
 
-    def make(**settings: Any) -> httpx.AsyncClient:
+    def make(tokenizer: Tokenizer = tokenizer, **settings: Any) -> httpx.AsyncClient:
         app = create_app(Settings(**settings), engine, tokenizer, Metrics())
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://server"))

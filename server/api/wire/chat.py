@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from server.api.wire.base import Text, WireRequest, WireResponse, check_json
 from server.api.wire.generation import INT64, MAX_LOGPROBS, GenerationRequest, UsageInfo
+from server.api.wire.tools import AnswerToolCall, ToolCall, ToolCallDelta, ToolChoice, Tools
 
 # Set by the server itself when it renders a template.
 _SERVER_SET = (
@@ -43,15 +44,15 @@ class ChatMessage(WireRequest):
         "audio": (),
         "function_call": (),
         "reasoning": (),
-        "reasoning_content": (),
         "refusal": (),
-        "tool_calls": ([],),
     }
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = None
     name: Text | None = None
     tool_call_id: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: Text | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
@@ -82,15 +83,12 @@ class ChatRequest(GenerationRequest):
         "metadata": ({},),
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True,),
         "prediction": (),
         "prompt_cache_retention": ("in_memory",),
         "reasoning_effort": ("none",),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "thinking_token_budget": (),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -99,6 +97,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs | None = None
@@ -148,8 +149,10 @@ class AnswerMessage(WireResponse):
     """The whole answer of one choice."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[AnswerToolCall] | None = None
 
 
 class ChatChoice(WireResponse):
@@ -178,6 +181,8 @@ class Delta(WireResponse):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(WireResponse):

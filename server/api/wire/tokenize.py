@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from server.api.wire.base import Name, Text, WireRequest, WireResponse
 from server.api.wire.chat import ChatMessage, TemplateKwargs
 from server.api.wire.generation import TokenId
+from server.api.wire.tools import Tools
 
 
 class TokenizeRequest(WireRequest):
@@ -17,12 +18,12 @@ class TokenizeRequest(WireRequest):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "chat_template": (),
         "mm_processor_kwargs": ({},),
-        "tools": ([],),
     }
 
     model: Name | None = None
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: Tools | None = None
     add_special_tokens: bool | None = None  # vLLM's defaults: true for a prompt, false for messages
     add_generation_prompt: bool = True
     continue_final_message: bool = False
