@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "chunk.h"
 #include "codes.h"
 #include "distance.h"
 #include "thread_pool.h"
@@ -27,6 +28,7 @@ using namespace retrieval;
 namespace {
 
 using Array = nb::ndarray<nb::device::cpu, nb::ro>;
+using Writable = nb::ndarray<nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
 using Integers = nb::ndarray<std::int64_t, nb::device::cpu, nb::c_contig>;
 
@@ -208,6 +210,48 @@ AttendStats bound_attend_layer(const Array& queries, const std::vector<std::vect
   return attend_layer(layer, views, scale, budget, *pool, out.data(), lse.data());
 }
 
+void bound_attend_chunk(const Array& queries, const std::vector<std::shared_ptr<BoundPart>>& parts,
+                        std::int64_t num_new, float scale, const Writable& out, const std::optional<Floats>& lse,
+                        std::optional<std::int64_t> sliding_window) {
+  const auto require_heads = [](const auto& array, const char* message) {
+    require(array.ndim() == 3 && (array.shape(2) <= 1 || array.stride(2) == 1), message);
+  };
+  require_heads(queries, "queries must be [num_q_heads, num_new, head_dim], dimensions dense");
+  require(dtype_of(queries, "queries") == DType::kBFloat16, "queries must be bfloat16");
+  const std::int64_t num_q_heads = static_cast<std::int64_t>(queries.shape(0));
+  require(num_new >= 1 && static_cast<std::int64_t>(queries.shape(1)) == num_new, "queries must have num_new rows");
+  require_heads(out, "out must be [num_q_heads, num_new, head_dim], dimensions dense");
+  for (std::size_t i = 0; i < 3; ++i) require(out.shape(i) == queries.shape(i), "out must have the queries' shape");
+  const DType out_dtype = dtype_of(Array(out), "out");
+  require(out_dtype == DType::kBFloat16 || out_dtype == DType::kFloat32, "out must be bfloat16 or float32");
+  require(!lse || (lse->ndim() == 2 && lse->shape(0) == queries.shape(0) && lse->shape(1) == queries.shape(1)),
+          "lse must be float32 [num_q_heads, num_new]");
+  require(std::isfinite(scale) && scale > 0.0f, "scale must be positive");
+  require(!sliding_window || *sliding_window >= 1, "sliding_window must be positive");
+  require(!parts.empty(), "need the part that holds the chunk's own keys");
+  std::vector<const Part*> views;
+  for (const auto& bound : parts) {
+    require(bound != nullptr, "a part is None");
+    const Part& part = bound->part;
+    require(part.dtype == DType::kBFloat16 && !part.codes, "parts must be bfloat16 and without codes");
+    require(part.head_dim == static_cast<int>(queries.shape(2)), "queries and parts differ in head_dim");
+    require(part.num_kv_heads == parts[0]->part.num_kv_heads, "parts differ in num_kv_heads");
+    views.push_back(&part);
+  }
+  require(views.back()->end - views.back()->begin >= num_new, "the last part must end with the chunk's own keys");
+  const int num_kv_heads = views[0]->num_kv_heads;
+  require(num_kv_heads > 0 && num_q_heads > 0 && num_q_heads % num_kv_heads == 0,
+          "num_q_heads must be a multiple of num_kv_heads");
+  if (!can_attend_chunk()) throw std::runtime_error("this machine lacks the instructions of attend_chunk");
+  const Chunk chunk{static_cast<const std::uint16_t*>(queries.data()), queries.stride(0), queries.stride(1),
+                    out.data(), out_dtype == DType::kBFloat16, out.stride(0), out.stride(1),
+                    lse ? lse->data() : nullptr, num_new, static_cast<int>(num_q_heads), num_kv_heads,
+                    static_cast<int>(queries.shape(2)), scale, sliding_window.value_or(0)};
+  const auto pool = pool_owner().get();
+  const nb::gil_scoped_release release;
+  attend_chunk(chunk, views, *pool);
+}
+
 AttendStats bound_search(const Array& queries, const std::shared_ptr<BoundPart>& bound, int k, const Integers& positions,
                          const Floats& scores, const Budget& budget) {
   require(queries.ndim() == 2, "queries must be [num_queries, head_dim]");
@@ -304,6 +348,9 @@ NB_MODULE(_core, m) {
 
   m.def("attend_layer", &bound_attend_layer, "queries"_a.noconvert(), "parts"_a, "scale"_a, "out"_a.noconvert(),
         "lse"_a.noconvert(), "budget"_a = Budget{});
+  m.def("can_attend_chunk", &can_attend_chunk);
+  m.def("attend_chunk", &bound_attend_chunk, "queries"_a.noconvert(), "parts"_a, "num_new"_a, "scale"_a,
+        "out"_a.noconvert(), "lse"_a.noconvert().none() = nb::none(), "sliding_window"_a.none() = nb::none());
   m.def("search", &bound_search, "queries"_a.noconvert(), "part"_a, "k"_a, "positions"_a.noconvert(),
         "scores"_a.noconvert(), "budget"_a = Budget{});
 }

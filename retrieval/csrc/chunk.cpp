@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 
 #include "chunk_tiles.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(RETRIEVAL_TILES)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +17,7 @@
 
 namespace retrieval {
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(RETRIEVAL_TILES)
 namespace {
 
 bool has_tile_instructions() {
@@ -259,6 +260,13 @@ void Task::close(const Target& target) {
     }
     tiles::finish(block, num_slices_, chunk_.head_dim, target.is_bf16, targets);
   }
+}
+
+std::uint16_t float_to_bf16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // One row's partial results, all float32, into one.
