@@ -7,8 +7,10 @@ afterwards an error is an event, as in vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -27,9 +29,20 @@ def event(model: BaseModel) -> str:
     return f"data: {model.model_dump_json(exclude_unset=True)}\n\n"
 
 
+def named_event(name: str, data: dict[str, Any]) -> str:
+    """An event of the protocols whose events have names."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
 def error_event(error: ServerError) -> str:
     """An error after the stream began."""
-    return f"data: {envelope(error)}\n\n"
+    return f"data: {envelope(error)}\n\n{DONE}"
+
+
+def named_error(error: ServerError) -> str:
+    """The same where events have names."""
+    fields = {"code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
+    return named_event("error", {"type": "error", **fields})
 
 
 def comment(progress: Progress) -> str:
@@ -42,11 +55,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str], keepalive_seconds: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[str],
+        keepalive_seconds: float,
+        render_error: Callable[[ServerError], str] = error_event,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._keepalive_seconds = keepalive_seconds
+        self._render_error = render_error
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +93,7 @@ class EventStream(Response):
                 writer.is_closed = True
                 await error_response(known)(scope, receive, send)
                 return
-            await writer.write(error_event(known) + DONE)
+            await writer.write(self._render_error(known))
         await writer.close()
 
     async def _keep_alive(self, writer: _Writer) -> None:

@@ -204,3 +204,69 @@ def test_json_schema_by_a_pydantic_model(client: OpenAI, server: Running) -> Non
     answer = client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Animal)
     assert answer.choices[0].message.parsed == Animal(name="fox", legs=4)
     assert server.engine.requests[0].make_constraint is not None
+
+
+def test_responses(client: OpenAI, server: Running) -> None:
+    answer = client.responses.create(model="demo", input="hello", instructions="be brief", max_output_tokens=40)
+    assert answer.output_text == "the quick brown fox"
+    assert answer.status == "completed"
+    assert answer.usage is not None
+    assert answer.usage.input_tokens_details.cached_tokens == 2
+    prompt = server.tokenizer.decode(server.engine.requests[0].prompt_token_ids, skip_special_tokens=False)
+    assert prompt.startswith("<|im_start|>system\nbe brief")
+    second = client.responses.create(model="demo", input=[*answer.output, {"role": "user", "content": "more"}])
+    assert second.output_text
+
+
+def test_responses_stream(client: OpenAI) -> None:
+    with client.responses.stream(model="demo", input=[{"role": "user", "content": "hello"}]) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert "response.output_text.delta" in kinds
+    assert final.output_text == "the quick brown fox"
+
+
+def test_responses_with_tools(client: OpenAI, server: Running) -> None:
+    server.engine.script = says(
+        server.tokenizer, '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    )
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+    answer = client.responses.create(model="demo", input="hello", tools=[tool])
+    (call,) = answer.output
+    assert (call.type, call.name, call.arguments) == ("function_call", "weather", '{"city": "Rome"}')
+    with client.responses.stream(model="demo", input="hello", tools=[tool]) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output[0].arguments == '{"city": "Rome"}'
+    assert "response.function_call_arguments.delta" in kinds
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    server.engine.script = says(server.tokenizer, "it is sunny")
+    final = client.responses.create(model="demo", input=[{"role": "user", "content": "hello"}, call, result])
+    assert final.output_text == "it is sunny"
+
+
+def test_responses_by_a_pydantic_model(client: OpenAI, server: Running) -> None:
+    class Animal(BaseModel):
+        name: str
+        legs: int
+
+    server.engine.script = says(server.tokenizer, '{"name": "fox", "legs": 4}')
+    answer = client.responses.parse(model="demo", input="hello", text_format=Animal)
+    assert answer.output_parsed == Animal(name="fox", legs=4)
+
+
+def test_responses_refuse_what_is_stored(client: OpenAI) -> None:
+    for fields in ({"store": True}, {"previous_response_id": "resp_1"}, {"background": True}):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.responses.create(model="demo", input="hello", **fields)
+        assert error.value.param in fields
+
+
+def test_responses_error_after_the_stream_began_is_an_event(client: OpenAI, server: Running) -> None:
+    x = 3 + ord("x") - ord("!")
+    server.engine.script = lambda request: [Token(0, x), Failure(MemoryExhaustedError("too much"))]
+    with client.responses.create(model="demo", input="hello", stream=True) as stream:
+        events = list(stream)
+    assert events[-1].type == "error"
+    assert events[-1].code == "kv_memory_exhausted"
