@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import chat, completions, errors, models, ops, responses, tokenize
+from server.api import chat, completions, errors, messages, models, ops, responses, tokenize
 from server.api.face import EngineFace
 from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestId
 from server.api.sampling import MODEL_DEFAULTS
@@ -35,7 +35,7 @@ def create_app(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, met
     app = FastAPI(title="retrieval-server", version=package_version(), docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = _service(settings, engine, tokenizer, metrics)
     errors.install(app)
-    for module in (chat, completions, responses, models, tokenize, ops):
+    for module in (chat, completions, responses, messages, models, tokenize, ops):
         app.include_router(module.router)
     _add_middleware(app, settings)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,15 @@ from server.errors import InvalidRequestError, ServerError, UnsupportedFieldErro
 
 logger = logging.getLogger("server.api")
 
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _ROUTER_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
@@ -26,14 +36,22 @@ def envelope(error: ServerError) -> str:
     return ErrorEnvelope(error=info).model_dump_json()
 
 
-def error_response(error: ServerError, headers: Mapping[str, str] | None = None) -> Response:
-    """The error as an HTTP answer; 429 and 503 carry Retry-After, 401 the scheme."""
+def anthropic_envelope(error: ServerError) -> str:
+    """The error as Anthropic's protocol has it."""
+    message = error.message.encode(errors="replace").decode()
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    return json.dumps({"type": "error", "error": {"type": kind, "message": message}})
+
+
+def error_response(error: ServerError, headers: Mapping[str, str] | None = None, path: str = "") -> Response:
+    """The error as an HTTP answer in the protocol of `path`; 429 carries Retry-After, 401 the scheme."""
     named = dict(headers or {})
     if error.retry_after_seconds is not None:
         named["Retry-After"] = str(error.retry_after_seconds)
     if error.status == 401:
         named["WWW-Authenticate"] = "Bearer"
-    return Response(envelope(error), error.status, named, media_type="application/json")
+    body = anthropic_envelope(error) if path.startswith("/v1/messages") else envelope(error)
+    return Response(body, error.status, named, media_type="application/json")
 
 
 def internal_error(error: BaseException) -> ServerError:
@@ -65,11 +83,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ServerError)
     async def _ours(request: Request, error: ServerError) -> Response:
-        return error_response(error)
+        return error_response(error, path=request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(validation_error(error.errors()))
+        return error_response(validation_error(error.errors()), path=request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _router(request: Request, error: HTTPException) -> Response:
@@ -83,7 +101,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _defect(request: Request, error: Exception) -> Response:
-        return error_response(internal_error(error), {"X-Request-Id": request.state.request_id})
+        headers = {"X-Request-Id": request.state.request_id}
+        return error_response(internal_error(error), headers, request.url.path)
 
 
 def _param(loc: Sequence[str | int]) -> str | None:

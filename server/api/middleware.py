@@ -58,13 +58,15 @@ class ApiKeys:
             await self._app(scope, receive, send)
             return
         error = AuthenticationError("a valid API key is needed: 'Authorization: Bearer KEY'")
-        await error_response(error)(scope, receive, send)
+        await error_response(error, path=scope["path"])(scope, receive, send)
 
     def _is_allowed(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("X-Api-Key", "")  # Anthropic's way
         given = self._digest(key.strip().encode("latin-1"))
-        matches = [hmac.compare_digest(given, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        matches = [hmac.compare_digest(given, known) for known in self._digests]  # all of them: constant time
+        return any(matches)
 
     def _digest(self, key: bytes) -> bytes:
         """Of one length whatever the key's, and of no use to another process."""
@@ -86,7 +88,7 @@ class BodyLimit:
         body = None if declared.isdigit() and int(declared) > self._max_bytes else await self._read(receive)
         if body is None:
             error = RequestTooLargeError(f"the body exceeds {self._max_bytes} bytes (--max-body-bytes)")
-            await error_response(error, {"Connection": "close"})(scope, receive, send)
+            await error_response(error, {"Connection": "close"}, scope["path"])(scope, receive, send)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

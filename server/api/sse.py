@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.errors import envelope, error_response, internal_error
+from server.api.errors import anthropic_envelope, envelope, error_response, internal_error
 from server.engine.events import Progress
 from server.errors import ServerError
 
@@ -43,6 +43,11 @@ def named_error(error: ServerError) -> str:
     """The same where events have names."""
     fields = {"code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
     return named_event("error", {"type": "error", **fields})
+
+
+def anthropic_error(error: ServerError) -> str:
+    """The same in Anthropic's protocol."""
+    return f"event: error\ndata: {anthropic_envelope(error)}\n\n"
 
 
 def comment(progress: Progress) -> str:
@@ -91,7 +96,7 @@ class EventStream(Response):
             known = error if isinstance(error, ServerError) else internal_error(error)
             if not writer.is_started:
                 writer.is_closed = True
-                await error_response(known)(scope, receive, send)
+                await error_response(known, path=scope["path"])(scope, receive, send)
                 return
             await writer.write(self._render_error(known))
         await writer.close()

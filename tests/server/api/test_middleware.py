@@ -40,6 +40,12 @@ async def test_any_of_the_keys_is_accepted(make_client: MakeClient, key: str) ->
     assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
 
 
+async def test_key_may_come_anthropics_way(make_client: MakeClient) -> None:
+    client = make_client(api_key=["one"])
+    assert (await client.get("/v1/models", headers={"X-Api-Key": "one"})).status_code == 200
+    assert (await client.get("/v1/models", headers={"X-Api-Key": "two"})).status_code == 401
+
+
 async def test_health_needs_no_key(make_client: MakeClient) -> None:
     assert (await make_client(api_key=["one"]).get("/health")).status_code == 200
 
