@@ -97,7 +97,7 @@ class IndexBuilder:
         for layer_idx in range(segment.kv.geometry.num_layers):
             if self._closed.is_set():
                 return None
-            layers.append(self._codes.encode(segment.kv.keys[layer_idx, :, : segment.num_tokens]))
+            layers.append(self._codes.encode(segment.kv.read_keys(layer_idx, 0, segment.num_tokens)))
         return self._codes.index(self._begin(segment), layers, segment.kv)
 
     def _build_heads(self, segment: Segment, sample: QuerySample) -> SegmentIndex | None:
@@ -106,12 +106,12 @@ class IndexBuilder:
         layers: list[list[KeyIndex]] = []
         for layer_idx in range(geometry.num_layers):
             heads: list[KeyIndex] = []
+            layer_keys = segment.kv.read_keys(layer_idx, begin, segment.num_tokens)
             for kv_head in range(geometry.num_kv_heads):
                 if self._closed.is_set():
                     return None
-                keys = segment.kv.keys[layer_idx, kv_head, begin : segment.num_tokens]
                 queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
-                heads.append(indexes.build(self._kind, keys, queries, **self._options))
+                heads.append(indexes.build(self._kind, layer_keys[kv_head], queries, **self._options))
             layers.append(heads)
         return HeadIndexes(begin, layers)
 

@@ -61,8 +61,8 @@ class Decoder(ABC):
             return self._attend_heads(queries, run, layer_idx, scale, stats)
         count = (run.end - run.begin) * queries.shape[0]
         stats.add(count, count, count)
-        keys = run.kv.keys[layer_idx, :, run.begin : run.end]
-        values = run.kv.values[layer_idx, :, run.begin : run.end]
+        keys = run.kv.read_keys(layer_idx, run.begin, run.end)
+        values = run.kv.read_values(layer_idx, run.begin, run.end)
         local = queries.to(device=keys.device, dtype=keys.dtype)
         out, lse = attend_grouped(local[:, None], keys, values, scale)
         return out[:, 0].to(queries.device), lse[:, 0].to(queries.device)
@@ -71,7 +71,7 @@ class Decoder(ABC):
         """Search a segment's index of each KV head up to the run's end: queries `[num_q_heads, head_dim]`."""
         assert run.indexed is not None
         index = run.indexed.index
-        values = run.kv.values[layer_idx]
+        values = run.kv.read_values(layer_idx, 0, run.end)
         grouped = queries.to("cpu").reshape(values.shape[0], -1, values.shape[-1])  # [num_kv_heads, group, d]
         outs, lses = [], []
         for kv_head in range(values.shape[0]):
@@ -154,7 +154,8 @@ class NativeDecoder(Decoder):
 
     def _bind(self, run: Run, layer_idx: int) -> Any:
         codes = run.indexed.index.codes(layer_idx) if run.indexed is not None else None
-        return self._core.Part(run.kv.keys[layer_idx], run.kv.values[layer_idx], run.begin, run.end, codes)
+        scales = [None if t is None else t[layer_idx] for t in (run.kv.key_scales, run.kv.value_scales)]
+        return self._core.Part(run.kv.keys[layer_idx], run.kv.values[layer_idx], run.begin, run.end, codes, *scales)
 
 
 def _is_native(run: Run) -> bool:

@@ -15,8 +15,15 @@ class Geometry:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype  # of K and V as stored
+    dtype: torch.dtype  # of K and V as the model computes them
     sliding_windows: tuple[int | None, ...]  # per layer: tokens visible including the present one; None: all
+
+    is_quantized: bool = False  # K and V are stored as int8 with a float32 scale per token and head
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of K and V as stored."""
+        return torch.int8 if self.is_quantized else self.dtype
 
     @property
     def group_size(self) -> int:
@@ -25,5 +32,6 @@ class Geometry:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of all layers for one token."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of K, V and their scales of all layers for one token."""
+        head_bytes = self.head_dim * self.kv_dtype.itemsize + (4 if self.is_quantized else 0)
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes

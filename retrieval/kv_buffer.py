@@ -1,4 +1,4 @@
-"""Growing storage for K and V of all layers of a run of tokens.
+"""Growing storage for K and V of all layers of a run of tokens, as they are or as int8.
 
 Owns the memory; knows nothing of segments, sequences or attention. Written by the engine thread alone;
 readers of the first `length` tokens are safe on any thread, since those are never changed.
@@ -15,8 +15,10 @@ from retrieval.geometry import Geometry
 class KvBuffer:
     """K and V `[num_layers, num_kv_heads, capacity, head_dim]`, the first `length` tokens valid.
 
-    Appending goes layer by layer inside one forward pass and becomes valid at `commit`, so that a pass
-    that fails leaves nothing behind. Memory beyond what was written is reserved, not touched.
+    As int8 each token and head has a float32 scale `[num_layers, num_kv_heads, capacity]` for its key and one
+    for its value (absolute maximum / 127). Appending goes layer by layer inside one forward pass and becomes
+    valid at `commit`, so that a pass that fails leaves nothing behind. Memory beyond what was written is
+    reserved, not touched.
     """
 
     def __init__(self, geometry: Geometry, capacity: int, device: torch.device, pin: bool = False) -> None:
@@ -24,11 +26,23 @@ class KvBuffer:
         self.device = device
         self.length = 0
         self._pin = pin
-        self.keys, self.values = self._allocate(max(1, capacity)), self._allocate(max(1, capacity))
+        self._allocate(max(1, capacity))
 
-    def _allocate(self, capacity: int) -> Tensor:
-        shape = (self.geometry.num_layers, self.geometry.num_kv_heads, capacity, self.geometry.head_dim)
-        return torch.empty(shape, dtype=self.geometry.dtype, device=self.device, pin_memory=self._pin)
+    def _allocate(self, capacity: int) -> None:
+        g = self.geometry
+        shape = (g.num_layers, g.num_kv_heads, capacity, g.head_dim)
+        self.keys = torch.empty(shape, dtype=g.kv_dtype, device=self.device, pin_memory=self._pin)
+        self.values = torch.empty(shape, dtype=g.kv_dtype, device=self.device, pin_memory=self._pin)
+        self.key_scales = self._scales(shape[:3])
+        self.value_scales = self._scales(shape[:3])
+
+    def _scales(self, shape: tuple[int, ...]) -> Tensor | None:
+        if not self.geometry.is_quantized:
+            return None
+        return torch.empty(shape, dtype=torch.float32, device=self.device, pin_memory=self._pin)
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
 
     @property
     def capacity(self) -> int:
@@ -37,33 +51,56 @@ class KvBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V of the valid tokens."""
+        """Bytes of K, V and scales of the valid tokens."""
         return self.length * self.geometry.kv_bytes_per_token
 
     def reserve(self, num_new: int) -> None:
         """Make room for `num_new` tokens after the valid ones, doubling when it has to grow."""
         if self.length + num_new <= self.capacity:
             return
-        capacity = max(self.length + num_new, 2 * self.capacity)
-        for name in ("keys", "values"):
-            old, new = getattr(self, name), self._allocate(capacity)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+        old = self._tensors()
+        self._allocate(max(self.length + num_new, 2 * self.capacity))
+        for source, target in zip(old, self._tensors(), strict=True):
+            target[:, :, : self.length] = source[:, :, : self.length]
 
     def write(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put `[num_kv_heads, num_new, head_dim]` after the valid tokens of one layer; `reserve` came before."""
-        end = self.length + keys.shape[1]
-        self.keys[layer_idx, :, self.length : end] = keys
-        self.values[layer_idx, :, self.length : end] = values
+        new = slice(self.length, self.length + keys.shape[1])
+        if self.key_scales is None or self.value_scales is None:
+            self.keys[layer_idx, :, new] = keys
+            self.values[layer_idx, :, new] = values
+        else:
+            self.keys[layer_idx, :, new], self.key_scales[layer_idx, :, new] = quantize(keys)
+            self.values[layer_idx, :, new], self.value_scales[layer_idx, :, new] = quantize(values)
+
+    def read_keys(self, layer_idx: int, begin: int, end: int) -> Tensor:
+        """Keys `[num_kv_heads, end - begin, head_dim]` in the model's dtype; a view unless quantized."""
+        keys = self.keys[layer_idx, :, begin:end]
+        return keys if self.key_scales is None else self._widen(keys, self.key_scales[layer_idx, :, begin:end])
+
+    def read_values(self, layer_idx: int, begin: int, end: int) -> Tensor:
+        """Values, as `read_keys`."""
+        values = self.values[layer_idx, :, begin:end]
+        return values if self.value_scales is None else self._widen(values, self.value_scales[layer_idx, :, begin:end])
+
+    def _widen(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return (codes * scales[..., None]).to(self.geometry.dtype)
 
     def commit(self, num_new: int) -> None:
         """Declare `num_new` tokens written in all layers."""
         self.length += num_new
 
     def copy_range(self, source: KvBuffer, begin: int, end: int) -> None:
-        """Append tokens `[begin, end)` of another buffer."""
+        """Append tokens `[begin, end)` of another buffer of the same geometry."""
         self.reserve(end - begin)
-        target = slice(self.length, self.length + end - begin)
-        self.keys[:, :, target] = source.keys[:, :, begin:end]
-        self.values[:, :, target] = source.values[:, :, begin:end]
+        for theirs, ours in zip(source._tensors(), self._tensors(), strict=True):
+            ours[:, :, self.length : self.length + end - begin] = theirs[:, :, begin:end]
         self.length += end - begin
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[..., head_dim]` as int8 and their float32 scales `[...]`; a row of zeros has scale 0."""
+    wide = rows.float()
+    scales = wide.abs().amax(dim=-1) / 127.0
+    codes = torch.round(wide / scales.clamp_min(1e-30)[..., None]).to(torch.int8)
+    return codes, scales

@@ -16,6 +16,7 @@ from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_block, attend_grouped, attend_masked
 
 BLOCK_TOKENS = 16384  # of K and V streamed to a device at a time: 64 MiB a layer for 8 KV heads of 128 in bf16
+SLIDING_ROWS = 512  # queries whose masked scores are held at once
 
 
 def attend_chunk(
@@ -36,9 +37,10 @@ def attend_chunk(
 
 def _attend_self(queries: Tensor, context: Context, layer_idx: int, scale: float) -> Partial:
     """The chunk's own triangle."""
-    new = slice(context.tail.length, context.tail.length + queries.shape[1])
+    begin, end = context.tail.length, context.tail.length + queries.shape[1]
     group = context.geometry.group_size
-    keys, values = context.tail.keys[layer_idx, :, new], context.tail.values[layer_idx, :, new]
+    keys = context.tail.read_keys(layer_idx, begin, end)
+    values = context.tail.read_values(layer_idx, begin, end)
     keys, values = (t.to(queries.device).repeat_interleave(group, dim=0) for t in (keys, values))
     return attend_block(queries, keys, values, scale, is_causal=True)
 
@@ -47,10 +49,11 @@ def _blocks(runs: list[Run], layer_idx: int, device: torch.device) -> Iterator[t
     """K and V `[num_kv_heads, m, head_dim]` of the runs on `device`, copied one block ahead when elsewhere."""
     ahead: tuple[Tensor, Tensor] | None = None
     for run in runs:
-        size = run.end - run.begin if run.kv.device == device else BLOCK_TOKENS
+        is_in_place = run.kv.device == device and not run.kv.geometry.is_quantized
+        size = run.end - run.begin if is_in_place else BLOCK_TOKENS
         for begin in range(run.begin, run.end, max(1, size)):
-            block = slice(begin, min(begin + size, run.end))
-            keys, values = run.kv.keys[layer_idx, :, block], run.kv.values[layer_idx, :, block]
+            end = min(begin + size, run.end)
+            keys, values = run.kv.read_keys(layer_idx, begin, end), run.kv.read_values(layer_idx, begin, end)
             fetched = (keys.to(device, non_blocking=True), values.to(device, non_blocking=True))
             if ahead is not None:
                 yield ahead
@@ -60,17 +63,28 @@ def _blocks(runs: list[Run], layer_idx: int, device: torch.device) -> Iterator[t
 
 
 def _attend_sliding(queries: Tensor, context: Context, layer_idx: int, scale: float, window: int) -> Tensor:
-    """Each query sees the last `window` positions, itself included."""
-    n, past = queries.shape[1], context.num_tokens
+    """Each query sees the last `window` positions, itself included; a block of rows at a time."""
+    blocks = [
+        _attend_sliding_rows(queries[:, row : row + SLIDING_ROWS], context, layer_idx, scale, window, row)
+        for row in range(0, queries.shape[1], SLIDING_ROWS)
+    ]
+    return torch.cat(blocks, dim=1)
+
+
+def _attend_sliding_rows(
+    queries: Tensor, context: Context, layer_idx: int, scale: float, window: int, row: int
+) -> Tensor:
+    """The chunk's rows from `row` on, at positions `num_tokens + row ..`."""
+    past = context.num_tokens + row
     first = max(0, past - window + 1)
-    position = torch.arange(past, past + n, device=queries.device)[:, None]
+    position = torch.arange(past, past + queries.shape[1], device=queries.device)[:, None]
     partials = [empty_partial(tuple(queries.shape), queries.device)]
     offset = 0
-    for run in context.runs(num_new=n):
+    for run in context.runs(num_new=row + queries.shape[1]):
         begin = min(max(run.begin, run.begin + first - offset), run.end)
         if begin < run.end:
-            keys = run.kv.keys[layer_idx, :, begin : run.end].to(queries.device)
-            values = run.kv.values[layer_idx, :, begin : run.end].to(queries.device)
+            keys = run.kv.read_keys(layer_idx, begin, run.end).to(queries.device)
+            values = run.kv.read_values(layer_idx, begin, run.end).to(queries.device)
             start = offset + begin - run.begin
             key_position = torch.arange(start, start + keys.shape[1], device=queries.device)[None]
             mask = (key_position <= position) & (key_position > position - window)

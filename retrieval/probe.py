@@ -62,7 +62,7 @@ class LiveProbe:
             assert run.indexed is not None
             index = run.indexed.index
             found = index.search(layer_idx, kv_head, query, self._k, run.end) - index.begin
-            keys = run.kv.keys[layer_idx, kv_head, index.begin : run.end]
+            keys = run.kv.read_keys(layer_idx, index.begin, run.end)[kv_head]
             quality = measure(query, keys, found, self._k, self._scale)
             self._on_measured(quality.recall, quality.captured_mass)
         except Exception:

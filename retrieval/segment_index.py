@@ -84,9 +84,9 @@ class OnlineCodes:
         """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already."""
         started, codes = time.perf_counter(), self._layers[layer_idx]
         if codes is None:
-            self._layers[layer_idx] = self._maker.encode(kv.keys[layer_idx, :, :end])
+            self._layers[layer_idx] = self._maker.encode(kv.read_keys(layer_idx, 0, end))
         elif codes.num_keys < end:
-            codes.append(kv.keys[layer_idx, :, codes.num_keys : end])
+            codes.append(kv.read_keys(layer_idx, codes.num_keys, end))
         self.seconds += time.perf_counter() - started
 
     def finish(self, begin: int, kv: KvBuffer) -> CodesIndex | None:
@@ -119,7 +119,7 @@ class CodesIndex(SegmentIndex):
 
     def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
         """See `SegmentIndex.search`; the head's codes are made again, as a layer's are for all heads at once."""
-        keys = self.kv.keys[layer_idx, kv_head : kv_head + 1, self.begin : end]
+        keys = self.kv.read_keys(layer_idx, self.begin, end)[kv_head : kv_head + 1]
         positions, scores = torch.full((1, k), -1, dtype=torch.int64), torch.empty(1, k)
         part = self.maker.core.Part(keys, keys, 0, end - self.begin, self.maker.encode(keys))
         self.maker.core.search(query[None].contiguous(), part, k, positions, scores, self.maker.budget)

@@ -68,8 +68,8 @@ class SnapKvAttention(AttentionMethod):
         """K and V `[num_kv_heads, num_kept, head_dim]` of the best pooled votes among earlier positions."""
         geometry = context.geometry
         runs = context.runs()
-        keys = torch.cat([r.kv.keys[layer_idx, :, r.begin : r.end].to(queries.device) for r in runs], dim=1)
-        values = torch.cat([r.kv.values[layer_idx, :, r.begin : r.end].to(queries.device) for r in runs], dim=1)
+        keys = torch.cat([r.kv.read_keys(layer_idx, r.begin, r.end).to(queries.device) for r in runs], dim=1)
+        values = torch.cat([r.kv.read_values(layer_idx, r.begin, r.end).to(queries.device) for r in runs], dim=1)
         grouped = queries.reshape(geometry.num_kv_heads, -1, geometry.head_dim)
         scores = (grouped @ keys[:, :first_seen].transpose(1, 2)).float() * scale
         votes = torch.softmax(scores, dim=-1).sum(dim=1, keepdim=True)  # [num_kv_heads, 1, first_seen]

@@ -35,7 +35,7 @@ class EngineConfig:
     num_index_queries: int = 8192  # prefill queries sampled per layer and KV head for attention-aware kinds
     live_recall_interval: int = 64  # decode steps between two exact checks; 0: off
 
-    kv_cache_dtype: str = "auto"  # auto (the model's dtype)
+    kv_cache_dtype: str = "auto"  # auto (the model's dtype) or int8
     kv_host_memory: int = 0  # bytes for K, V and indexes in host memory; 0: from the machine
     prefix_caching: bool = True  # reuse segments between requests
     num_threads: int = 0  # compute threads; 0: physical cores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,3 +85,25 @@ def test_an_empty_buffer_has_no_bytes_and_can_grow(world: Any) -> None:
     assert buffer.nbytes == 0
     buffer.copy_range(world.kv(5), 0, 5)
     assert buffer.length == 5
+
+
+def test_int8_keeps_every_row_within_half_a_step_of_its_scale(make_geometry: Any) -> None:
+    geometry = make_geometry(num_layers=1, num_q_heads=2, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+    geometry = replace(geometry, is_quantized=True)
+    assert geometry.kv_bytes_per_token == 2 * 2 * (16 + 4)
+    buffer = KvBuffer(geometry, 1, CPU)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 50, 16, generator=generator) * torch.logspace(-3, 3, 50)[:, None]
+    values = torch.randn(2, 50, 16, generator=generator)
+    values[:, 7] = 0.0
+    for begin in (0, 20):
+        end = begin + 20 + 10 * (begin > 0)
+        buffer.reserve(end - begin)
+        buffer.write(0, keys[:, begin:end], values[:, begin:end])
+        buffer.commit(end - begin)
+    for stored, given in ((buffer.read_keys(0, 0, 50), keys), (buffer.read_values(0, 0, 50), values)):
+        half_step = given.abs().amax(dim=-1, keepdim=True) / 127 / 2
+        assert bool(((stored - given).abs() <= half_step * 1.001).all())
+    copy = KvBuffer(geometry, 1, CPU)
+    copy.copy_range(buffer, 10, 30)
+    assert torch.equal(copy.read_keys(0, 0, 20), buffer.read_keys(0, 10, 30))

@@ -115,3 +115,16 @@ async def test_packed_batch_of_mixed_sequences_equals_one_by_one(make_engine, pr
     alone = [tokens_of(await run(engine, p, **s)) for p, s in zip(prompts, sampling, strict=True)]
     packed = await asyncio.gather(*[run(engine, p, **s) for p, s in zip(prompts, sampling, strict=True)])
     assert [tokens_of(events) for events in packed] == alone
+
+
+@pytest.mark.parametrize("index", ["flat", "rabitq"])
+async def test_int8_cache_decodes_as_full_attention_over_the_same_int8_cache(
+    index, make_engine, prompt, run, tokens_of
+):
+    ids = prompt(300, seed=4)
+    oracle = make_engine(attention="full", kv_cache_dtype="int8")
+    expected = tokens_of(await run(oracle, ids, max_tokens=40))
+    engine = make_engine(index=index, kv_cache_dtype="int8", num_retrieved=4096)
+    for _ in range(2):
+        assert tokens_of(await run(engine, ids, max_tokens=40)) == expected
+        engine._manager.wait_for_indexes()
