@@ -54,30 +54,66 @@ def attention_forward(
     return attend_packed(q.contiguous(), k, v, layer_idx, scale, sliding_window, step)[None], None
 
 
-def read_geometry(config: PretrainedConfig, dtype: torch.dtype) -> Geometry:
+def read_geometry(config: PretrainedConfig, dtype: torch.dtype, is_quantized: bool = False) -> Geometry:
     """The attention geometry of a transformers config. Raises `UnsupportedModelError` with the reason."""
-    text = config.get_text_config(decoder=True)
-    layer_types = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
-    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-    if unknown:
+    try:
+        text = config.get_text_config(decoder=True)
+        layer_types = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+        num_q_heads = int(text.num_attention_heads)
+        num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_q_heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_q_heads)
+    except (AttributeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: layers of type {', '.join(sorted(unknown))} are not supported"
-        )
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(f"{config.model_type}: multi-head latent attention is not supported")
-    if getattr(text, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(f"{config.model_type}: attention logit soft-capping is not supported")
-    if getattr(text, "alibi", False) or not hasattr(text, "num_attention_heads"):
-        raise UnsupportedModelError(f"{config.model_type}: only rotary multi-head attention is supported")
-    num_q_heads = int(text.num_attention_heads)
+            f"{config.model_type}: attention that differs by layer, or none ({error})"
+        ) from error
+    reason = _refusal(config, text, layer_types)
+    if reason:
+        raise UnsupportedModelError(f"{config.model_type}: {reason} not supported")
     return Geometry(
         num_layers=int(text.num_hidden_layers),
         num_q_heads=num_q_heads,
-        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_q_heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_q_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         dtype=dtype,
         sliding_windows=_sliding_windows(text, layer_types),
+        is_quantized=is_quantized,
     )
+
+
+def _refusal(config: PretrainedConfig, text: PretrainedConfig, layer_types: list[str]) -> str | None:
+    """What a config asks for that `attend_packed` does not do."""
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        return f"layers of type {', '.join(sorted(unknown))} are"
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder attention is"
+    if getattr(text, "kv_lora_rank", None):
+        return "multi-head latent attention is"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "attention logit soft-capping is"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "sharing K and V between layers is"
+    if getattr(text, "alibi", False):
+        return "ALiBi is"
+    return None
+
+
+def check_model(model: Any, geometry: Geometry) -> None:
+    """Refuse a loaded model whose layers do not all call our attention function, causally and without extras.
+
+    Raises `UnsupportedModelError` with the reason.
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} does not let its attention be replaced")
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+    if len(layers) != geometry.num_layers:
+        raise UnsupportedModelError(f"{name}: {len(layers)} attention layers found, {geometry.num_layers} expected")
+    for layer in layers:
+        if not getattr(layer, "is_causal", True):
+            raise UnsupportedModelError(f"{name}: attention that is not causal is not supported")
+        if getattr(layer, "sinks", None) is not None:
+            raise UnsupportedModelError(f"{name}: learned attention sinks are not supported")
 
 
 def _sliding_windows(text: PretrainedConfig, layer_types: list[str]) -> tuple[int | None, ...]:

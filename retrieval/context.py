@@ -56,6 +56,7 @@ class Context:
         self.tail = tail
         self.salt = salt
         self.device = device  # where the model computes, and the tail lives once the prompt is sealed
+        self.num_expected_tokens = 0  # length of the prompt to be read; set by open_context
         self.method_state: Any = None  # owned by the attention method
         self.decode_cache: Any = None  # owned by the decoder
         self.online_codes: OnlineCodes | None = None  # of the tail while the prompt is read; set by the builder
@@ -172,6 +173,7 @@ def open_context(
     tail_device = torch.device("cpu") if is_long else device
     tail = KvBuffer(geometry, capacity - start, tail_device, pin=is_long and device.type == "cuda")
     context = Context(geometry, static, store, shared, tail, salt, device)
+    context.num_expected_tokens = len(token_ids)
     for entry in copied:
         tail.copy_range(entry.segment.kv, 0, entry.limit)
     for entry in found:

@@ -46,7 +46,7 @@ class RetrievalAttention(AttentionMethod):
         if context.query_sample is None:
             context.query_sample = QuerySample([[] for _ in range(context.geometry.num_layers)])
         geometry = context.geometry
-        expected = context.tail.capacity * geometry.group_size
+        expected = (context.num_expected_tokens - context.tail_start) * geometry.group_size
         stride = max(1, expected // self._num_index_queries)
         rows = queries[:, -context.num_tokens % stride :: stride]  # [num_q_heads, m, d] at multiples of the stride
         sample = rows.reshape(geometry.num_kv_heads, -1, geometry.head_dim).to("cpu", copy=True)

@@ -109,6 +109,9 @@ class Engine:
             raise InvalidRequestError(
                 f"n is {params.n}, more than --max-num-seqs {self.config.max_num_seqs}", param="n"
             )
+        for name, ids in (("logit_bias", [i for i, _ in params.logit_bias]), ("stop_token_ids", params.stop_token_ids)):
+            if any(not 0 <= token_id < self._runner.vocab_size for token_id in ids):
+                raise InvalidRequestError(f"{name} names a token outside the vocabulary", param=name)
         room = self.max_model_len - num_prompt
         if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
             asked = f" and {params.max_tokens} tokens of answer were asked for" if params.max_tokens else ""

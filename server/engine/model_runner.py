@@ -60,7 +60,7 @@ class ModelRunner:
         self._method, self._decoder = method, decoder
         self.hf_config = load_config(config)
         dtype = resolve_dtype(config.dtype, self.hf_config, self.device)
-        self.geometry = read_geometry(self.hf_config, dtype)
+        self.geometry = read_geometry(self.hf_config, dtype, config.kv_cache_dtype == "int8")
         started = time.perf_counter()
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
@@ -70,6 +70,7 @@ class ModelRunner:
             trust_remote_code=config.trust_remote_code,
             device_map={"": self.device} if self.device.type == "cuda" else None,
         )
+        adapter.check_model(model, self.geometry)
         self._model = model.eval()
         self._fused = None if config.enforce_eager else fuse(self._model, self.geometry)
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)

@@ -1,7 +1,7 @@
 """Chooses the next token of each sequence from its logits. Each sequence has its own random stream, so that
 the same seed gives the same text whatever else is in the batch.
 
-Order, as in vLLM: logit bias and forbidden tokens, penalties, logprobs, temperature, min_p, top_k, top_p.
+Order, as in vLLM: logprobs, logit bias and forbidden tokens, penalties, temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.engine.constraint import LogitsConstraint
 from server.engine.events import TokenLogprob
 from server.engine.request import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-5  # below it softmax is one-hot, and float32 may turn the temperature into 0; as in vLLM
+
+
+MIN_LOGPROB = -9999.0  # what OpenAI reports for an impossible token; JSON has no infinity
 
 
 class NonFiniteLogitsError(RuntimeError):
@@ -32,15 +36,21 @@ class Sampled:
 
 @dataclass(slots=True)
 class SamplerState:
-    """One sequence's random stream and token counts."""
+    """One sequence's random stream, token counts and grammar."""
 
     generator: torch.Generator
     prompt_mask: Tensor | None  # bool [vocab_size]: occurs in the prompt; only with a repetition penalty
     counts: Tensor | None  # float32 [vocab_size]: generated so far; only with penalties
+    constraint: LogitsConstraint | None = None  # what the tokens have to follow
 
 
 def make_state(
-    params: SamplingParams, prompt: tuple[int, ...], choice: int, seed: int, vocab_size: int
+    params: SamplingParams,
+    prompt: tuple[int, ...],
+    choice: int,
+    seed: int,
+    vocab_size: int,
+    constraint: LogitsConstraint | None = None,
 ) -> SamplerState:
     """A fresh state; `seed` is the request's own or one drawn for it, choices differ."""
     generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * choice) % 2**63)
@@ -49,7 +59,7 @@ def make_state(
         mask = torch.zeros(vocab_size, dtype=torch.bool)
         mask[torch.tensor(prompt, dtype=torch.int64)] = True
     penalised = params.presence_penalty or params.frequency_penalty or mask is not None
-    return SamplerState(generator, mask, torch.zeros(vocab_size) if penalised else None)
+    return SamplerState(generator, mask, torch.zeros(vocab_size) if penalised else None, constraint)
 
 
 def sample(
@@ -59,29 +69,37 @@ def sample(
 
     end_ids: eos and stop tokens, forbidden until `min_tokens` were generated. Raises `NonFiniteLogitsError`.
     """
-    logits = _bias(logits, params, num_generated, end_ids)
-    logits = _penalise(logits, params, state)
-    if bool(torch.isnan(logits).any()) or not bool(torch.isfinite(logits.max())):
+    chosen_from = penalise(_bias(logits, params, state, num_generated, end_ids), params, state)
+    if bool(torch.isnan(chosen_from).any()) or not bool(torch.isfinite(chosen_from.max())):
         raise NonFiniteLogitsError("the logits are not finite, or no token may be chosen")
     is_greedy = params.temperature < GREEDY_TEMPERATURE
-    token_id = int(logits.argmax()) if is_greedy else _draw(logits, params, state)
+    token_id = int(chosen_from.argmax()) if is_greedy else _draw(chosen_from, params, state)
     if state.counts is not None:
         state.counts[token_id] += 1
+    if state.constraint is not None:
+        state.constraint.accept(token_id)
     return _with_logprobs(token_id, logits, params.num_logprobs)
 
 
-def _bias(logits: Tensor, params: SamplingParams, num_generated: int, end_ids: frozenset[int]) -> Tensor:
+def _bias(
+    logits: Tensor, params: SamplingParams, state: SamplerState, num_generated: int, end_ids: frozenset[int]
+) -> Tensor:
+    """Logit bias, and what grammar and `min_tokens` forbid. A grammar that ended leaves only the end tokens."""
     forbidden = end_ids if num_generated < params.min_tokens else frozenset[int]()
-    if not forbidden and not params.logit_bias:
+    if not forbidden and not params.logit_bias and state.constraint is None:
         return logits
     logits = logits.clone()
     for token_id, bias in params.logit_bias:
         logits[token_id] += bias
+    if state.constraint is not None:
+        allowed = torch.from_numpy(state.constraint.allowed_tokens(len(logits)))
+        logits = logits.masked_fill(~allowed, float("-inf"))
     logits[list(forbidden)] = float("-inf")
     return logits
 
 
-def _penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Tensor:
+def penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Tensor:
+    """Logits `[vocab_size]` less the penalties for what prompt and answer hold."""
     if state.counts is None:
         return logits
     generated = state.counts > 0
@@ -93,9 +111,16 @@ def _penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Te
 
 
 def _draw(logits: Tensor, params: SamplingParams, state: SamplerState) -> int:
-    """Inverse transform over the filtered distribution, most likely tokens first."""
-    scaled = (logits - logits.max()) / params.temperature
-    ordered, order = torch.sort(torch.softmax(scaled, dim=-1), descending=True, stable=True)
+    """Inverse transform over the distribution; sorted only where a filter needs the order."""
+    probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
+    if params.min_p == 0.0 and params.top_k <= 0 and params.top_p >= 1.0:
+        return _pick(probabilities, state)
+    ordered, order = torch.sort(probabilities, descending=True, stable=True)
+    return int(order[_pick(torch.where(_kept(ordered, params), ordered, 0.0), state)])
+
+
+def _kept(ordered: Tensor, params: SamplingParams) -> Tensor:
+    """Which of the probabilities, in descending order, pass min_p, top_k and top_p; the first always does."""
     keep = ordered >= params.min_p * ordered[0]
     if params.top_k > 0:
         keep[params.top_k :] = False
@@ -104,16 +129,22 @@ def _draw(logits: Tensor, params: SamplingParams, state: SamplerState) -> int:
         before = kept.cumsum(0) - kept
         keep &= before < params.top_p * kept.sum()
     keep[0] = True
-    cumulative = torch.where(keep, ordered, 0.0).double().cumsum(0)
+    return keep
+
+
+def _pick(weights: Tensor, state: SamplerState) -> int:
+    """An index drawn in proportion to its weight; one of weight 0 is never drawn."""
+    cumulative = weights.double().cumsum(0)
     point = torch.rand((), generator=state.generator, dtype=torch.float64) * cumulative[-1]
     rank = int(torch.searchsorted(cumulative, point, right=True))
-    return int(order[min(rank, int(keep.nonzero()[-1]))])
+    return min(rank, int(weights.nonzero()[-1]))
 
 
 def _with_logprobs(token_id: int, logits: Tensor, num_logprobs: int | None) -> Sampled:
+    """Logprobs are the model's own, before bias, penalties and temperature, as in vLLM."""
     if num_logprobs is None:
         return Sampled(token_id)
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1).clamp_min(MIN_LOGPROB)
     top = torch.topk(logprobs, min(num_logprobs, len(logprobs)))
     listed = tuple(TokenLogprob(int(i), float(p)) for p, i in zip(*top, strict=True))
     return Sampled(token_id, TokenLogprob(token_id, float(logprobs[token_id])), listed)

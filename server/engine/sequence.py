@@ -39,6 +39,7 @@ class Sequence:
     sampler_state: Any = None  # per-sequence generator and counts, owned by the sampler
     last_token_time: float | None = None  # seconds, time.monotonic
     last_chunk_step: int = 0  # scheduler's step number when it last got a prefill chunk
+    refused_at: int = -1  # the manager's change count when memory was last refused
     stop_ids: frozenset[int] = field(default_factory=frozenset)
 
     @property

@@ -100,12 +100,15 @@ class Worker:
         """Open the context and reserve its worst case; a preempted sequence still has both."""
         if sequence.context is not None:
             return True
+        if sequence.refused_at == self.manager.num_changes:
+            return False  # nothing was freed since the last try
         state, request = sequence.state, sequence.request
         total = len(request.prompt_token_ids) + request.max_new_tokens
         context = self.manager.open(sequence.token_ids, request.cache_salt, total)
         needed = self.worst_case_bytes(request, context.tail_start)
         if not self.manager.reserve(needed):
             self.manager.drop(context)
+            sequence.refused_at = self.manager.num_changes
             return False
         sequence.context, sequence.num_computed = context, context.num_tokens
         state.num_reserved_bytes, state.num_cached_tokens = needed, context.num_tokens
@@ -121,13 +124,14 @@ class Worker:
         return self.manager.worst_case_bytes(first) + self.manager.worst_case_bytes(others)
 
     def _prepare_sampling(self, sequence: Sequence) -> None:
-        params = sequence.request.sampling
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
+        request = sequence.request
+        seed = request.sampling.seed if request.sampling.seed is not None else self._seeds.getrandbits(62)
+        constraint = request.make_constraint() if request.make_constraint else None
         sequence.sampler_state = make_state(
-            params, sequence.request.prompt_token_ids, sequence.choice, seed, self.runner.vocab_size
+            request.sampling, request.prompt_token_ids, sequence.choice, seed, self.runner.vocab_size, constraint
         )
-        eos = frozenset[int]() if params.ignore_eos else self.runner.end_ids
-        sequence.stop_ids = eos | frozenset(params.stop_token_ids)
+        eos = frozenset[int]() if request.sampling.ignore_eos else self.runner.end_ids
+        sequence.stop_ids = eos | frozenset(request.sampling.stop_token_ids)
 
     def _run_chunks(self, chunks: list[Chunk]) -> bool:
         """Run them together; when that fails, each alone, so that one bad request takes no other with it."""
@@ -186,9 +190,9 @@ class Worker:
             self._recorder.prompt(sequence.num_prompt_tokens, sequence.state.num_cached_tokens)
 
     def _sealed(self, sequence: Sequence, num_tokens: int) -> None:
-        """Tokens that a segment holds now are no longer reserved."""
+        """K and V that a segment holds now are no longer reserved; what its index may need still is."""
         if num_tokens:
-            moved = min(self.manager.worst_case_bytes(num_tokens), sequence.state.num_reserved_bytes)
+            moved = min(self.manager.kv_bytes(num_tokens), sequence.state.num_reserved_bytes)
             sequence.state.num_reserved_bytes -= moved
             self.manager.release(moved)
 
@@ -201,11 +205,7 @@ class Worker:
         for choice in range(1, n):
             twin = Sequence(sequence.state, choice, list(sequence.token_ids), num_computed=sequence.num_computed)
             twin.context = sequence.context.fork()
-            params = sequence.request.sampling
-            seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
-            prompt = sequence.request.prompt_token_ids
-            twin.sampler_state = make_state(params, prompt, choice, seed, self.runner.vocab_size)
-            twin.stop_ids = sequence.stop_ids
+            self._prepare_sampling(twin)
             siblings.append(twin)
             self.scheduler.add_running(twin)
         return list(siblings)

@@ -55,6 +55,7 @@ class SessionManager:
     ) -> None:
         self.store = SegmentStore()
         self.budget = budget
+        self.num_changes = 0  # grows whenever memory may have become free
         self._geometry, self._static, self._builder = geometry, static, builder
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
 
@@ -68,22 +69,25 @@ class SessionManager:
         share = INDEX_SHARE if self._builder is not None and num_tokens > self._static.seal_tokens else 0.0
         return int(num_tokens * self._geometry.kv_bytes_per_token * (1.0 + share))
 
+    def kv_bytes(self, num_tokens: int) -> int:
+        """K and V of that many tokens."""
+        return num_tokens * self._geometry.kv_bytes_per_token
+
     def reserve(self, num_bytes: int) -> bool:
-        """Take `num_bytes` of the budget, evicting idle segments if it must; False: not now."""
+        """Take `num_bytes` of the budget, evicting idle segments if it must and if that is enough; False: not now."""
         shortfall = self.budget.shortfall(num_bytes, self.held_bytes())
-        if shortfall:
-            self._evict(shortfall)
-            if self.budget.shortfall(num_bytes, self.held_bytes()):
-                return False
+        if shortfall and not self._evict(shortfall):
+            return False
         self.budget.reserve(num_bytes)
         return True
 
     def release(self, num_bytes: int) -> None:
         """Give a reservation back, and evict what the segments now hold too much."""
+        self.num_changes += 1
         self.budget.release(num_bytes)
         excess = self.budget.shortfall(0, self.held_bytes())
         if excess:
-            self._evict(excess)
+            self._evict(excess, even_if_short=True)
 
     def held_bytes(self) -> int:
         """Bytes of all segments, indexes included."""
@@ -177,21 +181,18 @@ class SessionManager:
             if segment.num_references == 0 and segment.index_state != "building":
                 self.store.remove(segment)
 
-    def _index(
-        self, segment: Segment, sample: QuerySample | None = None, online: OnlineCodes | None = None
-    ) -> None:
+    def _index(self, segment: Segment, sample: QuerySample | None = None, online: OnlineCodes | None = None) -> None:
         if self._builder is not None and segment.num_tokens >= self._static.seal_tokens:
             self._builder.submit(segment, sample, online)
 
-    def _evict(self, num_bytes: int) -> None:
-        """Free at least `num_bytes` if idle segments allow it."""
-        victims = choose_victims(self._candidates(), num_bytes)
-        for digest in victims:
-            segment = self.store.get(digest)
-            if segment is not None and segment.index_state != "building":
-                freed = segment.kv_bytes + segment.index_bytes
-                self.store.remove(segment)
-                self._recorder.eviction("host", "budget", freed)
+    def _evict(self, num_bytes: int, even_if_short: bool = False) -> bool:
+        """Free `num_bytes` of idle segments; when they cannot give that much, nothing unless `even_if_short`."""
+        victims = [s for s in map(self.store.get, choose_victims(self._candidates(), num_bytes)) if s is not None]
+        is_enough = sum(s.kv_bytes + s.index_bytes for s in victims) >= num_bytes
+        for segment in victims if is_enough or even_if_short else []:
+            self.store.remove(segment)
+            self._recorder.eviction("host", "budget", segment.kv_bytes + segment.index_bytes)
+        return is_enough
 
     def _candidates(self) -> list[Candidate]:
         """Segments that no context holds; those being indexed wait."""

@@ -178,7 +178,8 @@ def test_retrieval_samples_the_same_queries_whatever_the_chunks(make_world: Any,
     method = RetrievalAttention(num_index_queries=36)  # a stride of 5 positions for the group of two heads
     context = world.context()
     context.tail.reserve(NUM_PROMPT)
-    stride = context.tail.capacity * 2 // 36
+    context.num_expected_tokens = NUM_PROMPT
+    stride = NUM_PROMPT * 2 // 36
     queries = world.randn(4, NUM_PROMPT, 16)
     begin = 0
     for size in chunks:

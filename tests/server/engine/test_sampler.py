@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from server.engine.request import SamplingParams
-from server.engine.sampler import NonFiniteLogitsError, SamplerState, make_state, sample
+from server.engine.sampler import NonFiniteLogitsError, SamplerState, make_state, penalise, sample
 
 VOCAB = 8
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5, -2.0, 1.5, -0.5])  # by rank: 1 6 2 4 0 7 3 5
@@ -129,11 +130,10 @@ def state_after(tokens: list[int], params: SamplingParams, prompt: tuple[int, ..
 
 
 def penalised(tokens: list[int], prompt: tuple[int, ...] = (), **options: Any) -> dict[int, float]:
-    """Differences of log-probabilities from token 5's, which no test penalises, back on the scale of LOGITS."""
-    params = SamplingParams(temperature=0.0, num_logprobs=VOCAB, **options)
-    state = state_after(tokens, params, prompt)
-    listed = {t.token_id: t.logprob for t in sample(LOGITS, params, state, len(tokens), NO_IDS).top_logprobs}
-    return {token: value - listed[5] + float(LOGITS[5]) for token, value in listed.items()}
+    """Logits after penalties, on the scale of token 5's, which no test penalises."""
+    params = SamplingParams(temperature=0.0, **options)
+    logits = penalise(LOGITS, params, state_after(tokens, params, prompt))
+    return dict(enumerate((logits - logits[5] + LOGITS[5]).tolist()))
 
 
 def expect(found: dict[int, float], changed: dict[int, float]) -> None:
@@ -212,6 +212,36 @@ def test_the_chosen_token_has_a_logprob_even_outside_the_listed_ones() -> None:
     for s in sampled:
         assert s.logprob is not None
         assert s.logprob.logprob == pytest.approx(float(torch.log_softmax(LOGITS, 0)[s.token_id]), abs=1e-6)
+
+
+def test_logprobs_are_the_models_own_whatever_is_biased_or_penalised() -> None:
+    params = SamplingParams(temperature=0.0, num_logprobs=2, logit_bias=((3, 100.0),), presence_penalty=1.0)
+    sampled = sample(LOGITS, params, state_after([1], params), 1, NO_IDS)
+    assert sampled.token_id == 3
+    assert sampled.logprob is not None
+    assert sampled.logprob.logprob == pytest.approx(float(torch.log_softmax(LOGITS, 0)[3]), abs=1e-6)
+
+
+class OnlyEven:
+    """Allows even tokens and remembers what was accepted."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def allowed_tokens(self, vocab_size: int) -> Any:
+        return np.arange(vocab_size) % 2 == 0
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_a_constraint_masks_tokens_and_sees_those_chosen() -> None:
+    constraint = OnlyEven()
+    params = SamplingParams(temperature=3.0)
+    state = make_state(params, (), 0, 0, VOCAB, constraint)
+    chosen = [sample(LOGITS, params, state, i, NO_IDS).token_id for i in range(50)]
+    assert {token % 2 for token in chosen} == {0}
+    assert constraint.accepted == chosen
 
 
 def test_logprobs_only_when_asked_for() -> None:

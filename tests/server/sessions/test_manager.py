@@ -230,7 +230,10 @@ def test_what_a_context_holds_is_never_evicted(make_server: Any) -> None:
     other = server.open(server.tokens(60))
     server.manager.drop(other)
     assert not server.manager.reserve(200 * TOKEN_BYTES)
+    assert [s.num_tokens for s in server.manager.store] == [90, 60]  # nothing is evicted in vain
+    assert server.manager.reserve(100 * TOKEN_BYTES)
     assert [s.num_tokens for s in server.manager.store] == [90]
+    server.manager.release(100 * TOKEN_BYTES)
     assert torch.equal(context.runs()[0].kv.keys, context.path[0].segment.kv.keys)
     server.manager.drop(context)
     assert server.manager.reserve(200 * TOKEN_BYTES)
