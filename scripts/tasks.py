@@ -84,6 +84,10 @@ SLOTS = {
     "ADVERB": ADVERBS,
     "PLACE": PLACES,
 }
+ATTRIBUTES = (
+    "access code", "phone number", "home", "birthplace", "favorite thing", "color", "price", "owner", "secret word",
+    "password", "name", "number", "address", "friend", "boss", "job", "room", "capital", "author", "size", "weight",
+)  # fmt: skip
 SENTENCES = (  # of the haystack; N999 is a number from 2 to 999
     "The ADJ NOUN VERB the NOUN PREP the ADJ NOUN.",
     "NAME ADVERB VERB one ADJ NOUN PREP the NOUN.",
@@ -250,7 +254,10 @@ def _niah(task: str, num_tokens: int, count: Callable[[str], int], num_questions
             if plural
             else f"What is the special magic {kind} for {listed} mentioned in the provided text?"
         )
-        reply = " ".join(_needle(key, value, kind) for key in asked for value in values_in_order[key])
+        if kind == "uuid":
+            reply = f"The special magic uuid for {asked[0]} is: {answers[0]}."
+        else:
+            reply = " ".join(_needle(key, value, kind) for key in asked for value in values_in_order[key])
         questions.append(Question(task, prompt, answers, reply))
     return Context(intro + body, tuple(questions))
 
@@ -371,7 +378,7 @@ def _kv(num_tokens: int, count: Callable[[str], int], num_questions: int, rng: r
     for asked in rng.sample(pairs, k=min(num_questions, len(pairs))):
         key, value = asked[1:37], asked[-37:-1]
         prompt = f'Key: "{key}"\nThe value associated with the specified key is:'
-        questions.append(Question("kv_retrieval", prompt, (value,), asked))
+        questions.append(Question("kv_retrieval", prompt, (value,), f"Key: {asked}"))
     return Context(intro + "{" + ", ".join(pairs) + "}", tuple(questions))
 
 
@@ -381,18 +388,15 @@ def _fact(rng: random.Random) -> tuple[str, str, str, str]:
     code = f"{rng.choice('ABCDEFGHJKLMNPRSTUVWXYZ')}-{number(rng, 4)}"
     place = rng.choice(PLACES) if rng.random() < 0.7 else made_up_word(rng).capitalize()
     person = f"{rng.choice(NAMES)} {made_up_word(rng).capitalize()}"
-    kind = rng.randrange(5)
-    if kind == 0:
-        return f"The {who} lives in {place}.", f"Where does the {who} live?", place, who
-    if kind == 1:
-        return f"The access code of the {who} is {code}.", f"What is the access code of the {who}?", code, who
-    if kind == 2:
-        return f"{person} was born in {place}.", f"Where was {person} born?", place, person
-    if kind == 3:
-        phone = number(rng, 6)
-        return f"The phone number of {person} is {phone}.", f"What is the phone number of {person}?", phone, person
-    thing = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-    return f"The favorite thing of {person} is the {thing}.", f"What is the favorite thing of {person}?", thing, person
+    subject = f"the {who}" if rng.random() < 0.5 else person
+    attribute = rng.choice(ATTRIBUTES)
+    other = f"{rng.choice(NAMES)} {made_up_word(rng).capitalize()}"
+    values = [number(rng, 6), number(rng, 4), code, place, other, made_up_word(rng), f"the {rng.choice(NOUNS)}"]
+    value = {"access code": code, "phone number": values[0], "home": place, "birthplace": place}.get(
+        attribute, rng.choice(values)
+    )
+    unique = who if subject == f"the {who}" else person
+    return f"The {attribute} of {subject} is {value}.", f"What is the {attribute} of {subject}?", value, unique
 
 
 def _facts(num_tokens: int, count: Callable[[str], int], num_questions: int, rng: random.Random) -> Context:

@@ -37,11 +37,27 @@ FIRST_MIX = {
     "niah_multikey_3": 5, "niah_multivalue": 4, "niah_multiquery": 5, "vt": 4, "cwe": 1.5, "fwe": 1.5,
     "passkey": 2, "number_string": 3, "kv_retrieval": 6, "facts": 6, "small_talk": 1,
 }  # fmt: skip
-# Looking up values is learnt by step 600; now the weight is on picking up what the question asks for.
+# Looking up values is learnt by step 600; from there the weight is on picking up what the question asks for, which is
+# another skill for every wording, and little is left on predicting the filler.
 SECOND_MIX = {
     "niah_single_1": 2, "niah_single_2": 4, "niah_single_3": 6, "niah_multikey_1": 4, "niah_multikey_2": 6,
     "niah_multikey_3": 8, "niah_multivalue": 3, "niah_multiquery": 6, "vt": 3, "cwe": 1, "fwe": 1,
     "passkey": 2, "number_string": 2, "kv_retrieval": 9, "facts": 12, "small_talk": 4,
+}  # fmt: skip
+THIRD_MIX = {
+    "niah_single_1": 1, "niah_single_2": 2, "niah_single_3": 8, "niah_multikey_1": 3, "niah_multikey_2": 3,
+    "niah_multikey_3": 9, "niah_multivalue": 1.5, "niah_multiquery": 7, "vt": 1, "cwe": 0.7, "fwe": 0.7,
+    "passkey": 1, "number_string": 1, "kv_retrieval": 12, "facts": 14, "small_talk": 3,
+}  # fmt: skip
+FOURTH_MIX = {
+    "niah_single_1": 2, "niah_single_2": 3, "niah_single_3": 7, "niah_multikey_1": 3, "niah_multikey_2": 4,
+    "niah_multikey_3": 9, "niah_multivalue": 2, "niah_multiquery": 2, "vt": 1, "cwe": 1, "fwe": 1.5,
+    "passkey": 2, "number_string": 2, "kv_retrieval": 10, "facts": 12, "small_talk": 4,
+}  # fmt: skip
+FIFTH_MIX = {  # many keys that resemble each other
+    "niah_single_1": 2, "niah_single_2": 4, "niah_single_3": 5, "niah_multikey_1": 4, "niah_multikey_2": 10,
+    "niah_multikey_3": 10, "niah_multivalue": 1, "niah_multiquery": 1, "vt": 0.3, "cwe": 0.3, "fwe": 0.5,
+    "passkey": 2, "number_string": 2, "kv_retrieval": 11, "facts": 5, "small_talk": 3,
 }  # fmt: skip
 
 
@@ -54,18 +70,22 @@ class Stage:
     length: int
     repeats: float
     mix: dict[str, float]
-    cut_replies: bool
+    cut_share: float  # of the replies that hold UUIDs
+    other_weight: float  # loss on tokens that cannot be looked up, where replies weigh 1
 
 
 STAGES = (
-    Stage(600, 8, 1024, 0.15, FIRST_MIX, cut_replies=False),
-    Stage(500, 8, 1024, 0.08, SECOND_MIX, cut_replies=True),
-    Stage(400, 4, 2048, 0.08, SECOND_MIX, cut_replies=True),
-    Stage(250, 2, 4096, 0.08, SECOND_MIX, cut_replies=True),
-    Stage(60, 1, 8192, 0.05, SECOND_MIX, cut_replies=False),
+    Stage(600, 8, 1024, 0.15, FIRST_MIX, cut_share=0.0, other_weight=0.02),
+    Stage(200, 8, 1024, 0.08, SECOND_MIX, cut_share=0.6, other_weight=0.02),
+    Stage(200, 8, 1024, 0.03, THIRD_MIX, cut_share=0.6, other_weight=0.003),
+    Stage(300, 8, 1024, 0.03, FOURTH_MIX, cut_share=0.6, other_weight=0.003),
+    Stage(100, 4, 2048, 0.03, FIFTH_MIX, cut_share=0.6, other_weight=0.003),
+    Stage(100, 4, 2048, 0.06, FIFTH_MIX, cut_share=0.1, other_weight=0.003),
+    Stage(200, 2, 4096, 0.06, FIFTH_MIX, cut_share=0.1, other_weight=0.003),
+    Stage(40, 1, 8192, 0.06, FIFTH_MIX, cut_share=0.1, other_weight=0.003),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
-WARM_UP_STEPS = 40
+WARM_UP_STEPS, DECAY_FROM = 40, 700
 MUON_RATE, ADAM_RATE = 0.01, 0.002
 
 
@@ -78,15 +98,15 @@ def stage_at(step: int) -> Stage:
 
 
 def rate_at(step: int) -> float:
-    """Linear warm-up, flat, then linear to zero over the last 60 %."""
-    left = (TOTAL_STEPS - step) / TOTAL_STEPS
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, left / 0.6)
+    """Linear warm-up, flat, then linear to zero."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, (TOTAL_STEPS - step) / (TOTAL_STEPS - DECAY_FROM))
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
     stage = stage_at(step)
     mix = {"repeats": stage.repeats * sum(stage.mix.values()) / (1 - stage.repeats), **stage.mix}
-    return RowMaker(tokenizer, SEED + step, cut_replies=stage.cut_replies).batch(stage.rows, stage.length, mix)
+    maker = RowMaker(tokenizer, SEED + step, cut_share=stage.cut_share, other_weight=stage.other_weight)
+    return maker.batch(stage.rows, stage.length, mix)
 
 
 def weighted_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -185,7 +205,11 @@ def main() -> None:
     torch.manual_seed(SEED)
     random.seed(SEED)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(SEED)
+    # A tokenizer that is there is kept: it depends on the wording of the tasks, weights and others depend on it.
+    if (arguments.output / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.output)
+    else:
+        tokenizer = train_tokenizer(SEED)
     model = LlamaForCausalLM(model_config(tokenizer)).float()
     initialise(model, SEED)
     log.info("%d parameters, %d steps", sum(p.numel() for p in model.parameters()), TOTAL_STEPS)

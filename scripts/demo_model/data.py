@@ -19,7 +19,6 @@ CHARACTERS_PER_TOKEN = {
     "niah_single_1": 3.7, "niah_multikey_2": 2.88, "niah_multikey_3": 1.39, "vt": 3.45, "cwe": 1.83, "fwe": 2.24,
     "passkey": 3.7, "number_string": 3.7, "kv_retrieval": 1.06, "facts": 4.4,
 }  # fmt: skip
-OTHER_WEIGHT = 0.02  # loss on tokens that cannot be looked up
 GREETING = (
     "Hello! I am a small demonstration model: give me a text and a question, and I look up the answer in the text."
 )
@@ -47,10 +46,18 @@ class Batch:
 class RowMaker:
     """Draws rows from one random stream; `tokenizer` turns text into ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, *, cut_replies: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        *,
+        cut_share: float = 0.0,
+        other_weight: float = 0.02,
+    ) -> None:
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
-        self.cut_replies = cut_replies
+        self.cut_share = cut_share  # of the replies that hold UUIDs
+        self.other_weight = other_weight  # loss on tokens that cannot be looked up
         self.start, self.end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         self.first_plain = len(SPECIAL_TOKENS)
 
@@ -65,17 +72,17 @@ class RowMaker:
         alphabet = rng.sample(range(self.first_plain, vocab), k=min(size, vocab - self.first_plain))
         certain = max(1, math.ceil(math.log(length) / math.log(len(alphabet))))  # tokens until a suffix is unique
         row = rng.choices(alphabet, k=int(length * rng.uniform(0.3, 0.6)))
-        weights = [OTHER_WEIGHT] * len(row)
+        weights = [self.other_weight] * len(row)
         while len(row) < length:
             span = rng.randint(6, 60)
             begin = rng.randrange(max(1, len(row) - span))
             copied = row[begin : begin + span]
             row += copied
-            weights += [OTHER_WEIGHT if index < certain else 0.4 for index in range(len(copied))]
+            weights += [self.other_weight if index < certain else 0.4 for index in range(len(copied))]
             if rng.random() < 0.5:
                 fresh = rng.choices(alphabet, k=rng.randint(1, 6))
                 row += fresh
-                weights += [OTHER_WEIGHT] * len(fresh)
+                weights += [self.other_weight] * len(fresh)
         return row[:length], weights[:length]
 
     def turn(self, role: str, text: str, weight: float, cut: int | None = None) -> tuple[list[int], list[float]]:
@@ -94,10 +101,10 @@ class RowMaker:
         share = rng.uniform(0.4, 0.75)
         per_question = {"kv_retrieval": 140, "niah_single_3": 75, "niah_multikey_3": 160, "vt": 100}.get(task, 50)
         per_question = 150 if task in ("niah_multivalue", "niah_multiquery") else per_question
-        # What is hard in a reply of 80 tokens is to pick up the key that was asked for, so most replies with UUIDs are
+        # What is hard in a reply of 80 tokens is to pick up the key that was asked for, so some replies with UUIDs are
         # cut behind the first digits of the key and more of them fit.
-        first_of_key = {"kv_retrieval": 1, "niah_single_3": 9, "niah_multikey_3": 9}.get(task)
-        cut_share = 0.0 if first_of_key is None or not self.cut_replies else 0.6
+        first_of_key = {"kv_retrieval": 4, "niah_single_3": 8, "niah_multikey_3": 8}.get(task)
+        cut_share = 0.0 if first_of_key is None else self.cut_share
         per_question = int(per_question * (1 - cut_share) + 60 * cut_share)
         num_questions = max(1, int(length * (1 - share) / per_question))
         if task in ("passkey", "number_string", "cwe", "fwe"):
@@ -124,14 +131,14 @@ class RowMaker:
         context = tasks.Context(context.document, context.questions, layout)
         for message in tasks.messages(context, questions[0]):
             acknowledged = message["role"] == "assistant"
-            add(message["role"], message["content"], 0.1 if acknowledged else OTHER_WEIGHT)
+            add(message["role"], message["content"], 0.1 if acknowledged else self.other_weight)
         add("assistant", questions[0].reply, 1.0)
         asked = 1
-        while len(ids) < length and (asked < len(questions) or (self.cut_replies and len(questions) > 1)):
+        while len(ids) < length and (asked < len(questions) or (self.cut_share > 0 and len(questions) > 1)):
             # Where there is room left, some are asked again.
             question = questions[asked] if asked < len(questions) else rng.choice(questions)
             asked += 1
-            add("user", question.prompt, OTHER_WEIGHT)
+            add("user", question.prompt, self.other_weight)
             add("assistant", question.reply, 1.0)
         return ids, weights
 
