@@ -156,8 +156,8 @@ class Settings(BaseSettings):
     """Decode steps between two exact checks of one random head, exported as live recall; 0: off."""
 
     # Memory
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of stored keys and values; auto: the model's."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Type of stored keys and values; auto: the model's. int8 halves their memory (a scale per token and head)."""
     kv_host_memory: ByteSize = Field(ByteSize(0), ge=0)
     """Host memory for keys, values and indexes, as bytes or with a unit (8GiB); 0: from what the machine has."""
     prefix_caching: bool = True
