@@ -1,16 +1,19 @@
 """Exact attention of a chunk of a prompt over everything before it, block by block.
 
-Keys and values that live in host memory while the queries are on a GPU are streamed there in blocks, the
-next block's copy under way while the present one is attended, so device memory stays bounded.
+On a CPU with tile instructions the core does it in one call; elsewhere torch does, on the queries' device. Keys
+and values that live in host memory while the queries are on a GPU are streamed there in blocks, the next
+block's copy under way while the present one is attended, so device memory stays bounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrieval import native
 from retrieval.context import Context, Run
 from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_block, attend_grouped, attend_masked
@@ -27,6 +30,39 @@ def attend_chunk(
     queries `[num_q_heads, n, head_dim]` at positions `num_tokens .. num_tokens + n`; returns float32
     `[num_q_heads, n, head_dim]`.
     """
+    core = usable_core(queries, context)
+    if core is not None:
+        return attend_chunk_native(core, queries, context, layer_idx, scale, sliding_window)
+    return attend_chunk_torch(queries, context, layer_idx, scale, sliding_window)
+
+
+def usable_core(queries: Tensor, context: Context) -> Any | None:
+    """The core if it can attend this chunk: all in host memory, bf16 throughout, on a machine that has the tiles."""
+    is_fit = queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.shape[-1] % 8 == 0
+    buffers = [*(entry.segment.kv for entry in context.path), context.tail]
+    if not is_fit or any(kv.keys.device.type != "cpu" or kv.keys.dtype != torch.bfloat16 for kv in buffers):
+        return None
+    core = native.core()
+    return core if core is not None and core.can_attend_chunk() else None
+
+
+def attend_chunk_native(
+    core: Any, queries: Tensor, context: Context, layer_idx: int, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """As `attend_chunk`, by the core; the softmax weights are rounded to bf16 as torch's CPU kernel rounds them."""
+    n = queries.shape[1]
+    runs = context.runs(num_new=n)
+    parts = [core.Part(run.kv.keys[layer_idx], run.kv.values[layer_idx], run.begin, run.end) for run in runs]
+    rows = queries if queries.stride(-1) == 1 else queries.contiguous()
+    out = torch.empty(queries.shape)
+    core.attend_chunk(rows, parts, n, scale, out, None, sliding_window)
+    return out
+
+
+def attend_chunk_torch(
+    queries: Tensor, context: Context, layer_idx: int, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """As `attend_chunk`, by torch: the twin that the core is held to, and what serves everywhere."""
     if sliding_window is not None and context.num_tokens + queries.shape[1] > sliding_window:
         return _attend_sliding(queries, context, layer_idx, scale, sliding_window)
     partials = [_attend_self(queries, context, layer_idx, scale)]

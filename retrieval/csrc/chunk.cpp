@@ -121,14 +121,23 @@ class Task {
 
   void open();
   void attend_keys(const Part& part, std::int64_t offset, std::int64_t begin, std::int64_t end);
-  void fold(const tiles::KeyBlock& keys, std::int64_t begin, std::int64_t block);
+  void add_folds(std::int64_t block, std::int64_t begin, int num_keys);
   void close(const Target& target);
 
   const Chunk& chunk_;
   const Plan& plan_;
   const int kv_head_, group_, num_slices_, packed_size_;
   const std::int64_t first_row_, last_row_, first_key_, last_key_;
+  // Which keys of the present key block each row of a row block sees.
+  struct Limits {
+    int begin[tiles::kRows], end[tiles::kRows];
+  };
+
   std::vector<tiles::RowBlock> blocks_;  // C++17 allocates them aligned
+  std::vector<Limits> limits_;           // one per row block, filled where rows differ
+  std::vector<tiles::Fold> folds_;       // of the present key block
+  tiles::KeyBlock key_block_{};
+  tiles::Pipeline pipeline_{};
   Aligned<float> sums_, scores_;
   Aligned<std::uint16_t> queries_, keys_, values_, weights_;
 };
@@ -151,9 +160,16 @@ void Task::open() {
   sums_ = allocate<float>(num_blocks * packed_size_);
   queries_ = allocate<std::uint16_t>(num_blocks * packed_size_);
   scores_ = allocate<float>(2 * tiles::kStepKeys * tiles::kRows);
-  weights_ = allocate<std::uint16_t>(tiles::kBlockKeys * tiles::kRows);
+  weights_ = allocate<std::uint16_t>(2 * tiles::kBlockKeys * tiles::kRows);
   keys_ = allocate<std::uint16_t>(std::int64_t{tiles::kBlockSteps} * packed_size_);
   values_ = allocate<std::uint16_t>(std::int64_t{tiles::kBlockSteps} * packed_size_);
+  key_block_ = {keys_.get(), values_.get()};
+  pipeline_.num_slices = num_slices_;
+  pipeline_.scale_log2 = chunk_.scale * 1.44269504f;
+  pipeline_.scores = scores_.get();
+  pipeline_.weights[0] = weights_.get();
+  pipeline_.weights[1] = weights_.get() + tiles::kBlockKeys * tiles::kRows;
+  limits_.resize(static_cast<std::size_t>(num_blocks));
   std::fill_n(sums_.get(), num_blocks * packed_size_, 0.0f);
   for (std::int64_t b = 0; b < num_blocks; ++b) {
     tiles::RowBlock& block = blocks_[static_cast<std::size_t>(b)];
@@ -206,15 +222,20 @@ void Task::attend_keys(const Part& part, std::int64_t offset, std::int64_t begin
     tiles::pack_values(value_rows + std::int64_t{first} * part.head_dim, count, part.head_dim, num_slices_,
                        values_.get() + step * packed_size_);
   }
-  const tiles::KeyBlock keys{keys_.get(), values_.get(), num_keys};
-  for (std::size_t b = 0; b < blocks_.size(); ++b) fold(keys, begin, static_cast<std::int64_t>(b));
+  folds_.clear();
+  for (std::size_t b = 0; b < blocks_.size(); ++b) add_folds(static_cast<std::int64_t>(b), begin, num_keys);
+  pipeline_.scored_keys = nullptr;  // those of the previous key block are gone
+  for (std::size_t i = 0; i < folds_.size(); ++i) {
+    tiles::fold(folds_[i], i + 1 < folds_.size() ? &folds_[i + 1] : nullptr, pipeline_);
+  }
+  tiles::settle(pipeline_);
 }
 
 // One row block against a key block that starts at position begin: steps that some rows do not see in part,
 // steps that all rows see in whole, and again steps seen in part.
-void Task::fold(const tiles::KeyBlock& keys, std::int64_t begin, std::int64_t block) {
+void Task::add_folds(std::int64_t block, std::int64_t begin, int num_keys) {
   const auto inside = [&](std::int64_t key) {
-    return static_cast<int>(std::clamp<std::int64_t>(key - begin, 0, keys.num_keys));
+    return static_cast<int>(std::clamp<std::int64_t>(key - begin, 0, num_keys));
   };
   const std::int64_t first_row = row(block, 0), last_row = row(block, tiles::kRows - 1);
   const int seen_begin = inside(begin_of(first_row)), seen_end = inside(end_of(last_row));
@@ -224,22 +245,17 @@ void Task::fold(const tiles::KeyBlock& keys, std::int64_t begin, std::int64_t bl
   const int whole_first =
       std::clamp((inside(begin_of(last_row)) + tiles::kStepKeys - 1) / tiles::kStepKeys, first, last);
   const int whole_last = std::clamp(inside(end_of(first_row)) / tiles::kStepKeys, whole_first, last);
-  int begins[tiles::kRows], ends[tiles::kRows];
-  for (int i = 0; i < tiles::kRows; ++i) {
-    begins[i] = inside(begin_of(row(block, i)));
-    ends[i] = inside(end_of(row(block, i)));
+  tiles::RowBlock* rows = &blocks_[static_cast<std::size_t>(block)];
+  Limits& limits = limits_[static_cast<std::size_t>(block)];
+  if (first < whole_first || whole_last < last) {
+    for (int i = 0; i < tiles::kRows; ++i) {
+      limits.begin[i] = inside(begin_of(row(block, i)));
+      limits.end[i] = inside(end_of(row(block, i)));
+    }
   }
-  const float scale_log2 = chunk_.scale * 1.44269504f;
-  const tiles::Scratch scratch{scores_.get(), weights_.get()};
-  tiles::RowBlock& rows = blocks_[static_cast<std::size_t>(block)];
-  const auto fold_steps = [&](int from, int to, bool is_whole) {
-    if (from >= to) return;
-    tiles::fold(keys, from, to, is_whole ? nullptr : begins, is_whole ? nullptr : ends, num_slices_, scale_log2,
-                scratch, rows);
-  };
-  fold_steps(first, whole_first, false);
-  fold_steps(whole_first, whole_last, true);
-  fold_steps(whole_last, last, false);
+  if (first < whole_first) folds_.push_back({&key_block_, rows, first, whole_first, limits.begin, limits.end});
+  if (whole_first < whole_last) folds_.push_back({&key_block_, rows, whole_first, whole_last, nullptr, nullptr});
+  if (whole_last < last) folds_.push_back({&key_block_, rows, whole_last, last, limits.begin, limits.end});
 }
 
 void Task::close(const Target& target) {

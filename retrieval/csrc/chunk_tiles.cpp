@@ -50,77 +50,105 @@ inline void transpose16(__m512i* r) {
   }
 }
 
-// Scores of 32 keys by 32 rows: [2 halves of keys][2 tiles of rows][16][16].
-inline void score(const std::uint16_t* keys, const std::uint16_t* queries, int num_slices, float* scores) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const std::uint16_t* late_keys = keys + num_slices * kTile;
-  const std::uint16_t* late_queries = queries + num_slices * kTile;
-  for (int s = 0; s < num_slices; ++s) {
-    _tile_loadd(4, keys + s * kTile, 64);
-    _tile_loadd(6, queries + s * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, late_queries + s * kTile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, late_keys + s * kTile, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, scores, 64);
-  _tile_stored(1, scores + kFloatTile, 64);
-  _tile_stored(2, scores + 2 * kFloatTile, 64);
-  _tile_stored(3, scores + 3 * kFloatTile, 64);
-}
+// Tiles 0 to 3 hold sums of values that are being accumulated, 4 and 5 scores, 6 and 7 what is multiplied. Tile
+// work is cut into units of two products, so that it can be dealt out between the vector work: the processor looks
+// ahead far enough to overlap a unit with its surroundings, but not a whole step of either.
 
-// sums += values of steps [first, last) times their weights.
-void accumulate(const KeyBlock& block, const std::uint16_t* weights, int first, int last, int num_slices,
-                float* sums) {
-  publish();
-  for (int s = 0; s < num_slices; ++s) {
-    float* target = sums + s * 4 * kFloatTile;
-    _tile_loadd(0, target, 64);
-    _tile_loadd(1, target + kFloatTile, 64);
-    _tile_loadd(2, target + 2 * kFloatTile, 64);
-    _tile_loadd(3, target + 3 * kFloatTile, 64);
-    for (int step = first; step < last; ++step) {
-      const std::uint16_t* values = block.values + step * packed_size(num_slices) + 2 * s * kTile;
-      const std::uint16_t* weight = weights + step * kStepKeys * kRows;
-      _tile_loadd(4, values, 64);
-      _tile_loadd(6, weight, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weight + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, values + kTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+// Scores of 32 keys by 32 rows, [2 halves of keys][2 tiles of rows][16][16]: 2 * num_slices units.
+struct Scorer {
+  const std::uint16_t* keys;
+  const std::uint16_t* queries;
+  float* scores;
+  int half = 0, slice = 0;
+
+  void advance(int num_slices) {
+    if (slice == 0) {
+      _tile_zero(4);
+      _tile_zero(5);
     }
-    _tile_stored(0, target, 64);
-    _tile_stored(1, target + kFloatTile, 64);
-    _tile_stored(2, target + 2 * kFloatTile, 64);
-    _tile_stored(3, target + 3 * kFloatTile, 64);
+    _tile_loadd(6, keys + (half * num_slices + slice) * kTile, 64);
+    _tile_loadd(7, queries + slice * kTile, 64);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(7, queries + (num_slices + slice) * kTile, 64);
+    _tile_dpbf16ps(5, 6, 7);
+    if (++slice < num_slices) return;
+    _tile_stored(4, scores + 2 * half * kFloatTile, 64);
+    _tile_stored(5, scores + (2 * half + 1) * kFloatTile, 64);
+    slice = 0;
+    ++half;
   }
+};
+
+// One unit of the waiting weights: 16 dims by 32 rows by 32 keys. Two units are a step of a slice; a slice's sums
+// stay in tiles over all its steps.
+inline void accumulate(Pipeline& p, int num_slices) {
+  float* sums = p.waiting_rows->sums + p.waiting_slice * 4 * kFloatTile;
+  const std::uint16_t* values =
+      p.waiting_values + p.waiting_step * packed_size(num_slices) + (2 * p.waiting_slice + p.waiting_half) * kTile;
+  const std::uint16_t* weights = p.waiting_weights + p.waiting_step * kStepKeys * kRows;
+  _tile_loadd(6, values, 64);
+  _tile_loadd(7, weights, 64);
+  if (p.waiting_half == 0) {
+    if (p.waiting_step == p.waiting_first) {
+      _tile_loadd(0, sums, 64);
+      _tile_loadd(1, sums + kFloatTile, 64);
+      _tile_loadd(2, sums + 2 * kFloatTile, 64);
+      _tile_loadd(3, sums + 3 * kFloatTile, 64);
+    }
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(7, weights + kTile, 64);
+    _tile_dpbf16ps(1, 6, 7);
+    p.waiting_half = 1;
+    return;
+  }
+  _tile_dpbf16ps(2, 6, 7);
+  _tile_loadd(7, weights + kTile, 64);
+  _tile_dpbf16ps(3, 6, 7);
+  p.waiting_half = 0;
+  if (++p.waiting_step < p.waiting_last) return;
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kFloatTile, 64);
+  _tile_stored(2, sums + 2 * kFloatTile, 64);
+  _tile_stored(3, sums + 3 * kFloatTile, 64);
+  p.waiting_step = p.waiting_first;
+  if (++p.waiting_slice == num_slices) p.waiting_rows = nullptr;
 }
 
-// A float between 2^14 and 2^15 has steps of 2^-9, so the low 16 bits of kBiasOfZero + x are
-// 512 * (x + 111) rounded to nearest: x in fixed point, its integer part biased as the exponent of
-// 2^(x - 16) is. That leaves room for x up to 16 above the reference in 16 unsigned bits.
-constexpr float kLowest = kBiasOfZero - 64.0f;   // 2^-64 of the reference counts as this much
-constexpr float kHighest = kBiasOfZero + 8.0f;   // above it the reference is raised
+inline void accumulate_all(Pipeline& p, int num_slices) {
+  publish();
+  while (p.waiting_rows != nullptr) accumulate(p, num_slices);
+  publish();
+}
 
-// Bits of the bf16 2^(x - 16) of 32 such fixed-point numbers at once. A float's bits, read as a number, are
-// its logarithm but for the mantissa: 2^f - 1 against f. Their difference is f (1 - f) (81/256 + 18/256 f)
-// with an error of 0.1 of a bf16 step; together with the rounding the relative error is 0.0018 (root mean
-// square; correct rounding alone gives 0.0017) with a mean of -1.5e-6.
+inline void let_wait(Pipeline& p, RowBlock& rows, const KeyBlock& block, const std::uint16_t* weights, int first,
+                     int last) {
+  if (first == last) return;
+  p.waiting_rows = &rows;
+  p.waiting_values = block.values;
+  p.waiting_weights = weights;
+  p.waiting_first = p.waiting_step = first;
+  p.waiting_last = last;
+  p.waiting_slice = p.waiting_half = 0;
+}
+
+// A float between 2^14 and 2^15 has steps of 2^-9, so the low 16 bits of 24576 + 111 + x are 512 * (x + 111)
+// rounded to nearest: x in fixed point, its integer part biased as the exponent of 2^(x - 16) is, good for x from
+// -64 (lower ones are raised to that) to 17 (from there on the float's upper half differs: kUpperHalf).
+constexpr float kLowest = 24576.0f + 111.0f - 64.0f;
+constexpr int kUpperHalf = 0x46c00000;
+
+// Bits of the bf16 2^(x - 16) of 32 such fixed-point numbers at once. A float's bits, read as a number, are its
+// logarithm but for the mantissa: 2^f - 1 against f. Their difference is close to f (1 - f) (77 + 26 f) / 256. The
+// result is truncated, not rounded, which costs nothing since kBiasOfZero counts the mean loss, 2/512 in x, back in.
+// Relative error of a weight: 0.0018 root mean square (rounding the exact value to bf16: 0.0017), mean -2e-5, at
+// most 0.0046; all as enumerated over every fraction and rounding of x.
 inline __m512i exp2_bits(__m512i fixed) {
   const __m512i fraction = _mm512_slli_epi16(fixed, 7);
-  const __m512i rest = _mm512_xor_si512(fraction, _mm512_set1_epi16(-1));
+  const __m512i rest = _mm512_sub_epi16(_mm512_setzero_si512(), fraction);
   const __m512i bow = _mm512_mulhi_epu16(fraction, rest);
-  const __m512i slope = _mm512_add_epi16(_mm512_mulhi_epu16(fraction, _mm512_set1_epi16(18)), _mm512_set1_epi16(81));
+  const __m512i slope = _mm512_add_epi16(_mm512_mulhi_epu16(fraction, _mm512_set1_epi16(26)), _mm512_set1_epi16(77));
   const __m512i excess = _mm512_mulhrs_epi16(bow, slope);
-  const __m512i rounded = _mm512_add_epi16(_mm512_sub_epi16(fixed, excess), _mm512_set1_epi16(2));
-  return _mm512_srli_epi16(rounded, 2);
+  return _mm512_srli_epi16(_mm512_sub_epi16(fixed, excess), 2);
 }
 
 // Which of 16 rows see a key.
@@ -132,41 +160,52 @@ struct Visible {
   }
 };
 
-// Weights of one step for 16 rows, [16 pairs of keys][16 rows][2], from scores [2][..][16][16]. Adds to
-// total and raises top to the largest biased score; the weights are of use only if that stays below kHighest.
-template <bool is_masked>
-inline void weigh(const float* scores, int key, const Visible& visible, __m512 scale, __m512 bias,
-                  std::uint16_t* weights, __m512& top, __m512& total) {
-  const __m512 lowest = _mm512_set1_ps(kLowest);
-  const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
-  // Moves the low half of each 32-bit lane to the high half.
-  const __m512i upper = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
-  __m512 odd_total = _mm512_setzero_ps();
+// 16 rows meeting a step.
+struct Weigher {
+  Visible visible;  // if masked
+  __m512 scale, bias;
+  __m512 totals[2];  // two, for the latency of their sums
+  __m512i seen;      // bitwise or of all biased scores
+
+  // Weights of pairs of keys [first, first + 4), [..][16 rows][2], from scores [2][..][16][16].
+  template <bool is_masked>
+  void weigh(const float* scores, int key, int first, std::uint16_t* weights) {
+    const __m512 lowest = _mm512_set1_ps(kLowest);
+    const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    // Moves the low half of each 32-bit lane to the high half.
+    const __m512i upper = _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100);
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; ++i) {
-    __m512 early = _mm512_fmadd_ps(_mm512_load_ps(scores + i * 16), scale, bias);
-    __m512 late = _mm512_fmadd_ps(_mm512_load_ps(scores + 2 * kFloatTile + i * 16), scale, bias);
-    __mmask16 sees_early = 0xffff, sees_late = 0xffff;
-    if constexpr (is_masked) {
-      sees_early = visible.of(key + i);
-      sees_late = visible.of(key + i + 16);
-      early = _mm512_mask_mov_ps(lowest, sees_early, early);
-      late = _mm512_mask_mov_ps(lowest, sees_late, late);
+    for (int j = 0; j < 4; ++j) {
+      const int i = first + j;
+      __m512 early = _mm512_fmadd_ps(_mm512_load_ps(scores + i * 16), scale, bias);
+      __m512 late = _mm512_fmadd_ps(_mm512_load_ps(scores + 2 * kFloatTile + i * 16), scale, bias);
+      __mmask16 sees_early = 0xffff, sees_late = 0xffff;
+      if constexpr (is_masked) {
+        sees_early = visible.of(key + i);
+        sees_late = visible.of(key + i + 16);
+        early = _mm512_mask_mov_ps(lowest, sees_early, early);
+        late = _mm512_mask_mov_ps(lowest, sees_late, late);
+      }
+      // In this order, NaN stays NaN.
+      const __m512i low = _mm512_castps_si512(_mm512_max_ps(lowest, early));
+      const __m512i high = _mm512_castps_si512(_mm512_max_ps(lowest, late));
+      seen = _mm512_ternarylogic_epi32(seen, low, high, 0xfe);
+      __m512i bits = exp2_bits(_mm512_mask_shuffle_epi8(low, 0xccccccccccccccccull, high, upper));
+      if constexpr (is_masked) {
+        const __m512i late_bits = _mm512_maskz_set1_epi32(sees_late, static_cast<int>(0xffff0000u));
+        bits = _mm512_and_si512(bits, _mm512_or_si512(_mm512_maskz_set1_epi32(sees_early, 0xffff), late_bits));
+      }
+      totals[j % 2] = _mm512_dpbf16_ps(totals[j % 2], reinterpret_cast<__m512bh>(bits), ones);
+      _mm512_store_si512(weights + i * 32, bits);
     }
-    top = _mm512_max_ps(top, _mm512_max_ps(early, late));
-    const __m512i low = _mm512_castps_si512(_mm512_max_ps(early, lowest));
-    const __m512i high = _mm512_castps_si512(_mm512_max_ps(late, lowest));
-    __m512i bits = exp2_bits(_mm512_mask_shuffle_epi8(low, 0xccccccccccccccccull, high, upper));
-    if constexpr (is_masked) {
-      bits = _mm512_and_si512(bits, _mm512_or_si512(_mm512_maskz_set1_epi32(sees_early, 0x0000ffff),
-                                                    _mm512_maskz_set1_epi32(sees_late, static_cast<int>(0xffff0000u))));
-    }
-    __m512& sum = i % 2 == 0 ? total : odd_total;
-    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(bits), ones);
-    _mm512_store_si512(weights + i * 32, bits);
   }
-  total = _mm512_add_ps(total, odd_total);
-}
+
+  // Rows with a score too far above their reference, or NaN: their weights are of no use.
+  __mmask16 out_of_range() const {
+    return _mm512_cmpneq_epi32_mask(_mm512_and_si512(seen, _mm512_set1_epi32(static_cast<int>(0xffff0000u))),
+                                    _mm512_set1_epi32(kUpperHalf));
+  }
+};
 
 // Largest scaled score of one step for each of 16 rows; -inf where a row sees none.
 __m512 largest(const float* scores, int key, const Visible& visible, __m512 scale) {
@@ -210,43 +249,95 @@ void raise_reference(const float* scores, int key, const Visible& visible, __m51
   }
 }
 
-// A step's weights and totals from its scores; false, and nothing changed, if the reference is too low.
-template <bool is_masked>
-bool weigh_step(const float* scores, int key, const Visible* visible, __m512 scale, std::uint16_t* weights,
-                RowBlock& rows) {
-  __m512 top = _mm512_set1_ps(kLowest);
+// A step's weights and totals from its scores, with the units of tile work dealt out among them. Returns the rows
+// out of range; if there are any, the totals stay as they were unless they are wanted anyway.
+template <bool is_masked, bool is_final, typename Units>
+unsigned weigh_step(const float* scores, int key, const Visible* visible, __m512 scale, std::uint16_t* weights,
+                    RowBlock& rows, const Units& units) {
   __m512 totals[2];
+  unsigned out_of_range = 0;
   for (int tile = 0; tile < 2; ++tile) {
-    totals[tile] = _mm512_load_ps(rows.total + 16 * tile);
-    weigh<is_masked>(scores + tile * kFloatTile, key, visible[tile], scale, _mm512_load_ps(rows.bias + 16 * tile),
-                     weights + tile * kTile, top, totals[tile]);
+    Weigher weigher{visible[tile], scale, _mm512_load_ps(rows.bias + 16 * tile),
+                    {_mm512_load_ps(rows.total + 16 * tile), _mm512_setzero_ps()}, _mm512_set1_epi32(kUpperHalf)};
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      units(4 * tile + quarter);
+      weigher.weigh<is_masked>(scores + tile * kFloatTile, key, 4 * quarter, weights + tile * kTile);
+    }
+    totals[tile] = _mm512_add_ps(weigher.totals[0], weigher.totals[1]);
+    out_of_range |= static_cast<unsigned>(weigher.out_of_range()) << (16 * tile);
   }
-  if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kHighest), _CMP_GT_OQ) != 0) return false;
+  if (out_of_range != 0 && !is_final) return out_of_range;
   for (int tile = 0; tile < 2; ++tile) _mm512_store_ps(rows.total + 16 * tile, totals[tile]);
-  return true;
+  return out_of_range;
+}
+
+// fixed_slices: num_slices where the compiler may know it, else 0.
+template <bool is_masked, int fixed_slices>
+void fold_steps(const Fold& fold, const Fold* next, const Visible* visible, Pipeline& p) {
+  const int num_slices = fixed_slices != 0 ? fixed_slices : p.num_slices;
+  const __m512 scale = _mm512_set1_ps(p.scale_log2);
+  RowBlock& rows = *fold.rows;
+  std::uint16_t* all_weights = p.weights[p.weights_in];
+  const auto keys_of = [&](const Fold& f, int step) { return f.block->keys + step * packed_size(num_slices); };
+  const auto scores_in = [&](int which) { return p.scores + which * kStepKeys * kRows; };
+  publish();
+  if (p.scored_keys != keys_of(fold, fold.first) || p.scored_queries != rows.queries) {
+    Scorer scorer{keys_of(fold, fold.first), rows.queries, scores_in(p.scores_in)};
+    for (int unit = 0; unit < 2 * num_slices; ++unit) scorer.advance(num_slices);
+  }
+  int first_waiting = fold.first;
+  for (int step = fold.first; step < fold.last; ++step) {
+    const float* scores = scores_in(p.scores_in);
+    p.scores_in ^= 1;
+    Scorer scorer{nullptr, nullptr, scores_in(p.scores_in)};
+    if (step + 1 < fold.last) {
+      scorer.keys = keys_of(fold, step + 1);
+      scorer.queries = rows.queries;
+    } else if (next != nullptr) {
+      scorer.keys = keys_of(*next, next->first);
+      scorer.queries = next->rows->queries;
+    }
+    p.scored_keys = scorer.keys;
+    p.scored_queries = scorer.queries;
+    // Eight turns for 2 * num_slices units of scores, then as many of values.
+    int num_done = 0;
+    const auto units = [&](int turn) {
+      for (; 2 * num_done < (turn + 1) * num_slices; ++num_done) {
+        if (num_done < 2 * num_slices) {
+          if (scorer.keys != nullptr) scorer.advance(num_slices);
+        } else if (p.waiting_rows != nullptr) {
+          accumulate(p, num_slices);
+        }
+      }
+    };
+    std::uint16_t* weights = all_weights + step * kStepKeys * kRows;
+    const int key = step * kStepKeys;
+    if (weigh_step<is_masked, false>(scores, key, visible, scale, weights, rows, units) == 0) continue;
+    // Rare: settle everything that is relative to the old references, raise them, weigh again.
+    accumulate_all(p, num_slices);
+    let_wait(p, rows, *fold.block, all_weights, first_waiting, step);
+    accumulate_all(p, num_slices);
+    first_waiting = step;
+    for (int tile = 0; tile < 2; ++tile) {
+      raise_reference(scores + tile * kFloatTile, key, visible[tile], scale, tile, num_slices, rows);
+    }
+    const unsigned is_nan = weigh_step<is_masked, true>(scores, key, visible, scale, weights, rows, [](int) {});
+    for (int i = 0; is_nan != 0 && i < kRows; ++i) {
+      if ((is_nan >> i & 1) != 0) rows.total[i] = __builtin_nanf("");
+    }
+  }
+  accumulate_all(p, num_slices);
+  let_wait(p, rows, *fold.block, all_weights, first_waiting, fold.last);
+  p.weights_in ^= 1;
 }
 
 template <bool is_masked>
-void fold_steps(const KeyBlock& block, int first, int last, const Visible* visible, int num_slices, __m512 scale,
-                const Scratch& scratch, RowBlock& rows) {
-  const auto keys = [&](int step) { return block.keys + step * packed_size(num_slices); };
-  const auto scores = [&](int step) { return scratch.scores + (step % 2) * kStepKeys * kRows; };
-  const auto weights = [&](int step) { return scratch.weights + step * kStepKeys * kRows; };
-  publish();
-  score(keys(first), rows.queries, num_slices, scores(first));
-  int pending = first;  // weights from here on have not met their values yet
-  for (int step = first; step < last; ++step) {
-    // One step ahead, so that the tile unit works while the vector units weigh.
-    if (step + 1 < last) score(keys(step + 1), rows.queries, num_slices, scores(step + 1));
-    if (weigh_step<is_masked>(scores(step), step * kStepKeys, visible, scale, weights(step), rows)) continue;
-    accumulate(block, scratch.weights, pending, step, num_slices, rows.sums);
-    pending = step;
-    for (int tile = 0; tile < 2; ++tile) {
-      raise_reference(scores(step) + tile * kFloatTile, step * kStepKeys, visible[tile], scale, tile, num_slices, rows);
-    }
-    weigh_step<is_masked>(scores(step), step * kStepKeys, visible, scale, weights(step), rows);
+void fold_any(const Fold& fold, const Fold* next, const Visible* visible, Pipeline& p) {
+  switch (p.num_slices) {
+    case 2: return fold_steps<is_masked, 2>(fold, next, visible, p);
+    case 4: return fold_steps<is_masked, 4>(fold, next, visible, p);
+    default: return fold_steps<is_masked, 0>(fold, next, visible, p);
   }
-  accumulate(block, scratch.weights, pending, last, num_slices, rows.sums);
 }
 
 struct alignas(64) TileConfig {
@@ -322,19 +413,19 @@ void pack_values(const std::uint16_t* rows, int num_keys, int head_dim, int num_
   }
 }
 
-void fold(const KeyBlock& block, int first, int last, const int* begin, const int* end, int num_slices,
-          float scale_log2, const Scratch& scratch, RowBlock& rows) {
-  const __m512 scale = _mm512_set1_ps(scale_log2);
-  if (begin == nullptr) {
+void fold(const Fold& fold, const Fold* next, Pipeline& pipeline) {
+  if (fold.begin == nullptr) {
     const Visible all{_mm512_setzero_si512(), _mm512_set1_epi32(kBlockKeys)};
     const Visible visible[2] = {all, all};
-    fold_steps<false>(block, first, last, visible, num_slices, scale, scratch, rows);
+    fold_any<false>(fold, next, visible, pipeline);
   } else {
-    const Visible visible[2] = {{_mm512_loadu_si512(begin), _mm512_loadu_si512(end)},
-                                {_mm512_loadu_si512(begin + 16), _mm512_loadu_si512(end + 16)}};
-    fold_steps<true>(block, first, last, visible, num_slices, scale, scratch, rows);
+    const Visible visible[2] = {{_mm512_loadu_si512(fold.begin), _mm512_loadu_si512(fold.end)},
+                                {_mm512_loadu_si512(fold.begin + 16), _mm512_loadu_si512(fold.end + 16)}};
+    fold_any<true>(fold, next, visible, pipeline);
   }
 }
+
+void settle(Pipeline& pipeline) { accumulate_all(pipeline, pipeline.num_slices); }
 
 void finish(const RowBlock& rows, int num_slices, int head_dim, bool is_bf16, void* const* targets) {
   for (int tile = 0; tile < 2; ++tile) {

@@ -13,7 +13,7 @@ namespace tiles {
 
 inline constexpr int kRows = 32;        // rows of a row block: two tiles wide
 inline constexpr int kStepKeys = 32;    // keys per step
-inline constexpr int kBlockKeys = 256;  // keys packed at a time
+inline constexpr int kBlockKeys = 512;  // keys packed at a time
 inline constexpr int kBlockSteps = kBlockKeys / kStepKeys;
 
 // bf16 elements of 32 rows, keys or values, head_dim padded to `num_slices` slices of 32.
@@ -27,20 +27,41 @@ struct alignas(64) RowBlock {
   const std::uint16_t* queries;  // packed
 };
 
-inline constexpr float kBiasOfZero = 24576.0f + 111.0f;  // see weigh() in chunk_tiles.cpp
-inline constexpr float kNoBias = 1e30f;                  // of a row that has seen no key
-inline constexpr int kWeightExponent = 16;               // weights are 2^-16 times what they stand for
+inline constexpr float kBiasOfZero = 24576.0f + 111.0f + 2.0f / 512.0f;  // see exp2_bits() in chunk_tiles.cpp
+inline constexpr float kNoBias = 1e30f;     // of a row that has seen no key
+inline constexpr int kWeightExponent = 16;  // weights are 2^-16 times what they stand for
 
+// Keys and values of up to kBlockKeys consecutive positions.
 struct KeyBlock {
-  const std::uint16_t* keys;    // packed, kBlockSteps times
-  const std::uint16_t* values;  // packed, kBlockSteps times
-  int num_keys;
+  const std::uint16_t* keys;    // packed, one step after the other
+  const std::uint16_t* values;
 };
 
-// Scratch of one task.
-struct Scratch {
-  float* scores;           // [2][kStepKeys * kRows]
-  std::uint16_t* weights;  // [kBlockSteps][kStepKeys * kRows]
+// Steps [first, last) of a key block, to be folded into a row block.
+struct Fold {
+  const KeyBlock* block;
+  RowBlock* rows;
+  int first, last;
+  const int* begin;  // row r sees keys [begin[r], end[r]) of the block; null: all rows see all keys of the steps
+  const int* end;
+};
+
+// What one task carries from fold to fold.
+struct Pipeline {
+  int num_slices;
+  float scale_log2;           // of scores, to the base-2 logarithm
+  float* scores;              // [2][kStepKeys * kRows]
+  std::uint16_t* weights[2];  // [kBlockSteps][kStepKeys * kRows]
+  int scores_in = 0;          // which of the two scores the next step reads
+  int weights_in = 0;         // which of the two weights the next fold writes
+  const std::uint16_t* scored_keys = nullptr;  // the step whose scores are ready
+  const std::uint16_t* scored_queries = nullptr;
+  // Weights that have not met their values: steps [waiting_step, waiting_last) of slice waiting_slice, then all
+  // steps of the slices after it.
+  RowBlock* waiting_rows = nullptr;
+  const std::uint16_t* waiting_values = nullptr;  // of the block's first step
+  const std::uint16_t* waiting_weights = nullptr;
+  int waiting_first = 0, waiting_last = 0, waiting_step = 0, waiting_slice = 0, waiting_half = 0;
 };
 
 // Save the thread's tile configuration and set ours; leave restores it.
@@ -53,10 +74,11 @@ void pack_queries(const std::uint16_t* const* rows, int head_dim, int num_slices
 void pack_keys(const std::uint16_t* rows, int num_keys, int head_dim, int num_slices, std::uint16_t* packed);
 void pack_values(const std::uint16_t* rows, int num_keys, int head_dim, int num_slices, std::uint16_t* packed);
 
-// Fold steps [first, last) of a key block into the state. Row r sees keys [begin[r], end[r]) of the block; null
-// where all rows see all keys of all those steps. scale_log2: of scores, to the base-2 logarithm.
-void fold(const KeyBlock& block, int first, int last, const int* begin, const int* end, int num_slices,
-          float scale_log2, const Scratch& scratch, RowBlock& rows);
+// Fold one range of steps. The tile unit computes the scores of the step after and the weighted values of the
+// fold before while the vector units weigh; `next` is the fold to come, or null. After the last fold over a key
+// block, and before it is packed anew, settle.
+void fold(const Fold& fold, const Fold* next, Pipeline& pipeline);
+void settle(Pipeline& pipeline);
 
 // Divide by the totals and write row r to targets[r] (null: not wanted) as float32 or bf16.
 void finish(const RowBlock& rows, int num_slices, int head_dim, bool is_bf16, void* const* targets);
