@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
@@ -22,17 +20,12 @@ from server.metrics import Metrics
 
 
 def create_app(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, metrics: Metrics) -> FastAPI:
-    """The application over an engine, which whoever made it starts and stops.
+    """The application over an engine and a tokenizer, which whoever made them starts and stops.
 
     Makes no global state: several apps may live in one process.
     """
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        tokenizer.close()
-
-    app = FastAPI(title="retrieval-server", version=package_version(), docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="retrieval-server", version=package_version(), docs_url=None, redoc_url=None)
     app.state.service = _service(settings, engine, tokenizer, metrics)
     errors.install(app)
     for module in (chat, completions, responses, messages, models, tokenize, ops):

@@ -42,6 +42,7 @@ def run(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has drained
         signal.signal(number, lambda *_: None)
     server.run()
+    tokenizer.close()
     return server.exit_code
 
 

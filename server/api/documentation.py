@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.api.wire.errors import ErrorEnvelope
+from server.api.wire.errors import AnthropicErrorEnvelope, ErrorEnvelope
 
 _REASONS = {
     400: "The request is wrong, or asks for something that is not supported; `param` names the field.",
@@ -19,5 +19,8 @@ _REASONS = {
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
+}
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": AnthropicErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
 }
 STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

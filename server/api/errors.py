@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from server.api.wire.errors import ErrorEnvelope, ErrorInfo
-from server.errors import InvalidRequestError, ServerError, UnsupportedFieldError
+from server.errors import InvalidRequestError, NotFoundError, ServerError, UnsupportedFieldError
 
 logger = logging.getLogger("server.api")
 
@@ -26,7 +26,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_ROUTER_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_ROUTER_CODES = {405: "method_not_allowed", 415: "unsupported_media_type"}
 
 
 def envelope(error: ServerError) -> str:
@@ -43,7 +43,9 @@ def anthropic_envelope(error: ServerError) -> str:
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}})
 
 
-def error_response(error: ServerError, headers: Mapping[str, str] | None = None, path: str = "") -> Response:
+def error_response(
+    error: ServerError, headers: Mapping[str, str] | None = None, path: str = "", status: int | None = None
+) -> Response:
     """The error as an HTTP answer in the protocol of `path`; 429 carries Retry-After, 401 the scheme."""
     named = dict(headers or {})
     if error.retry_after_seconds is not None:
@@ -51,7 +53,7 @@ def error_response(error: ServerError, headers: Mapping[str, str] | None = None,
     if error.status == 401:
         named["WWW-Authenticate"] = "Bearer"
     body = anthropic_envelope(error) if path.startswith("/v1/messages") else envelope(error)
-    return Response(body, error.status, named, media_type="application/json")
+    return Response(body, status or error.status, named, media_type="application/json")
 
 
 def internal_error(error: BaseException) -> ServerError:
@@ -68,6 +70,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
     param = _param(first["loc"]) or _quoted(message)
     if kind == "json_invalid":
         return InvalidRequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}")
+    if kind == "missing" and param is None:
+        return InvalidRequestError("a JSON body is needed")
     if kind == "extra_forbidden":
         return UnsupportedFieldError(f"unknown field '{param}'", code="unknown_parameter", param=param)
     if kind == "unsupported_parameter":
@@ -91,18 +95,23 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _router(request: Request, error: HTTPException) -> Response:
-        code = _ROUTER_CODES.get(error.status_code, "invalid_request_error")
-        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        info = ErrorInfo(
-            message=f"{error.detail}: {request.method} {request.url.path}", type=kind, param=None, code=code
+        return error_response(
+            _router_error(error, f"{request.method} {request.url.path}"),
+            error.headers,
+            request.url.path,
+            status=error.status_code,
         )
-        body = ErrorEnvelope(error=info).model_dump_json()
-        return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
 
     @app.exception_handler(Exception)
     async def _defect(request: Request, error: Exception) -> Response:
         headers = {"X-Request-Id": request.state.request_id}
         return error_response(internal_error(error), headers, request.url.path)
+
+
+def _router_error(error: HTTPException, call: str) -> ServerError:
+    """404, 405 and bodies that are no JSON."""
+    kind = NotFoundError if error.status_code == 404 else InvalidRequestError
+    return kind(f"{error.detail}: {call}", code=_ROUTER_CODES.get(error.status_code))
 
 
 def _param(loc: Sequence[str | int]) -> str | None:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from server.api import sse
 from server.api.disconnect import unless_disconnected
-from server.api.documentation import ERRORS, STREAM
+from server.api.documentation import ANTHROPIC_ERRORS, STREAM
 from server.api.message_blocks import Blocks, content_blocks
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
@@ -44,7 +44,7 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 router = APIRouter()
 
 
-@router.post("/v1/messages", responses={200: {"model": MessagesResponse, **STREAM}, **ERRORS})
+@router.post("/v1/messages", responses={200: {"model": MessagesResponse, **STREAM}, **ANTHROPIC_ERRORS})
 async def create_message(
     body: MessagesRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
 ) -> Response:
@@ -57,7 +57,7 @@ async def create_message(
     return await unless_disconnected(http, answer.collect())
 
 
-@router.post("/v1/messages/count_tokens", responses={status: ERRORS[status] for status in (400, 401, 404, 413)})
+@router.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
 async def count_tokens(body: CountTokensRequest, service: ServiceDep) -> CountTokensResponse:
     """How many tokens the prompt of such a message has."""
     service.check_model(body.model)
