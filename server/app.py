@@ -55,7 +55,7 @@ def _service(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, metri
         keepalive_seconds=settings.sse_keepalive_seconds,
         tool_parser=settings.tool_call_parser,
         reasoning_parser=settings.reasoning_parser,
-        grammars=GrammarCompiler(tokenizer) if getattr(engine, "follows_constraints", False) else None,
+        grammars=GrammarCompiler(tokenizer),
         sampling_defaults={name: defaults[name] for name in MODEL_DEFAULTS if defaults.get(name) is not None},
     )
 

@@ -25,6 +25,7 @@ class Service:
 
     engine: EngineFace
     tokenizer: Tokenizer
+    grammars: GrammarCompiler
     model_names: tuple[str, ...]  # the reported one first
     render_metrics: Callable[[], bytes]
     version: str
@@ -33,7 +34,6 @@ class Service:
     keepalive_seconds: float = 5.0
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
-    grammars: GrammarCompiler | None = None  # None: the engine does not follow constraints
     sampling_defaults: dict[str, float] = field(default_factory=dict)
 
     def check_model(self, name: str | None) -> str:

@@ -11,7 +11,7 @@ from server.api.wire.generation import GenerationRequest
 from server.api.wire.structure import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
 from server.engine.constraint import LogitsConstraint
 from server.engine.grammar import GrammarSpec
-from server.errors import InvalidRequestError, UnsupportedFieldError
+from server.errors import InvalidRequestError
 
 ANY_OBJECT = {"type": "object"}
 
@@ -30,14 +30,7 @@ async def constraint(
         return None
     if len(specs) > 1:
         raise InvalidRequestError(f"'{specs[0].param}' and '{specs[1].param}' exclude each other", param=specs[1].param)
-    return await compile_spec(specs[0], service)
-
-
-async def compile_spec(spec: GrammarSpec, service: Service) -> MakeConstraint:
-    """Raises InvalidRequestError when it cannot be followed."""
-    if service.grammars is None:
-        raise UnsupportedFieldError(f"'{spec.param}' is not supported by this engine", param=spec.param)
-    return await service.grammars.compile(spec)
+    return await service.grammars.compile(specs[0])
 
 
 def _specs(body: GenerationRequest) -> Iterator[GrammarSpec]:

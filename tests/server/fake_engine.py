@@ -55,7 +55,6 @@ class FakeEngine:
         self.model_name = "/models/fake"
         self.max_model_len = 4096
         self.is_alive = True
-        self.follows_constraints = True
         self.script = script
         self.refusal: ServerError | None = None
         self.requests: list[Request] = []

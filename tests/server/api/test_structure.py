@@ -12,7 +12,6 @@ import pytest
 from server.engine.events import Done, Event, Finish, Token, Usage
 from server.engine.request import Request
 from server.engine.tokenizer import Tokenizer
-from tests.server.conftest import MakeClient
 from tests.server.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"
@@ -99,9 +98,3 @@ async def test_other_shapes(
 async def test_what_cannot_be_followed_is_named(client: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
     response = await client.post(CHAT, json=HELLO | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
-
-
-async def test_engine_that_follows_no_constraints_refuses_them(make_client: MakeClient, engine: FakeEngine) -> None:
-    engine.follows_constraints = False
-    response = await make_client().post(CHAT, json=HELLO | {"response_format": {"type": "json_object"}})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
