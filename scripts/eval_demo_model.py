@@ -14,10 +14,11 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from scripts import tasks
@@ -44,8 +45,10 @@ class SharedPrefixReader:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
-        self.num_kv_heads: int = model.config.num_key_value_heads
-        self.group_size: int = model.config.num_attention_heads // self.num_kv_heads
+        attention = model.model.layers[0].self_attn
+        self.head_dim: int = attention.head_dim
+        self.group_size: int = attention.num_key_value_groups
+        self.num_kv_heads: int = model.config.num_attention_heads // self.group_size
         self.keys: list[Tensor] = []  # per layer [1, num_kv_heads, capacity, 64]
         self.values: list[Tensor] = []
         self.length = 0
@@ -63,7 +66,7 @@ class SharedPrefixReader:
         rows, length = hidden.shape[:2]
         out = out.to(hidden.dtype).transpose(1, 2).reshape(rows, length, -1)
         hidden = hidden + layer.self_attn.o_proj(out)
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return cast(Tensor, hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
 
     def _over_prefix(self, query: Tensor, index: int, length: int) -> Partial:
         """query `[rows, num_q_heads, num_queries, 64]` over the first `length` keys, with no mask."""
@@ -79,7 +82,7 @@ class SharedPrefixReader:
     def read(self, ids: list[int]) -> None:
         """Compute keys and values of the shared prefix, chunk by chunk."""
         config, dtype = self.model.config, self.model.dtype
-        shape = (1, self.num_kv_heads, len(ids), config.head_dim)
+        shape = (1, self.num_kv_heads, len(ids), self.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = len(ids)
@@ -103,7 +106,7 @@ class SharedPrefixReader:
         rows, width = len(suffixes), max(map(len, suffixes))
         config, capacity = self.model.config, width + max_tokens
         tail = [
-            torch.zeros(2, rows, self.num_kv_heads, capacity, config.head_dim) for _ in range(config.num_hidden_layers)
+            torch.zeros(2, rows, self.num_kv_heads, capacity, self.head_dim) for _ in range(config.num_hidden_layers)
         ]
         visible = torch.zeros(rows, capacity, dtype=torch.bool)
         for row, suffix in enumerate(suffixes):
@@ -122,7 +125,7 @@ class SharedPrefixReader:
                 query, key, value = self._qkv(layer, hidden, rotary)
                 tail[index][0][:, :, slots], tail[index][1][:, :, slots] = key.float(), value.float()
                 own_key, own_value = (part.repeat_interleave(self.group_size, dim=1) for part in tail[index])
-                scores = query.float() @ own_key.transpose(2, 3) / config.head_dim**0.5
+                scores = query.float() @ own_key.transpose(2, 3) / self.head_dim**0.5
                 scores = scores.masked_fill(~allowed[:, None], -torch.inf)
                 lse = scores.logsumexp(-1)
                 own = (scores - lse.unsqueeze(-1)).exp() @ own_value, lse
@@ -164,13 +167,15 @@ def evaluate(
             count_tokens=lambda text: len(tokenizer(text)["input_ids"]),
         )  # fmt: skip
         chats = [tasks.messages(context, question) for question in context.questions]
-        rows: list[list[int]] = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+        rows = cast(
+            "list[list[int]]", tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+        )
         shared = min(shared_length(rows[0], row) for row in rows)
         reader = SharedPrefixReader(model)
         reader.read(rows[0][:shared])
         replies = reader.answer([row[shared:] for row in rows], 160, tokenizer.eos_token_id)
         for question, reply in zip(context.questions, replies, strict=True):
-            said = tokenizer.decode(reply, skip_special_tokens=True)
+            said = str(tokenizer.decode(reply, skip_special_tokens=True))
             points += tasks.score(said, question)
             if tasks.score(said, question) < 1:
                 wrong.append({"expected": question.reply, "said": said})
@@ -191,8 +196,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
+    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     for num_tokens in arguments.tokens:
         for task in arguments.tasks:
             result = evaluate(model, tokenizer, task, num_tokens, arguments.questions, arguments.seed)

@@ -32,29 +32,29 @@ log = logging.getLogger("train")
 
 SEED = 0
 EVALUATION_SEED = 10**9  # never reached by SEED + step
-FIRST_MIX = {
+FIRST_MIX: dict[str, float] = {
     "niah_single_1": 2, "niah_single_2": 5, "niah_single_3": 3, "niah_multikey_1": 6, "niah_multikey_2": 8,
     "niah_multikey_3": 5, "niah_multivalue": 4, "niah_multiquery": 5, "vt": 4, "cwe": 1.5, "fwe": 1.5,
     "passkey": 2, "number_string": 3, "kv_retrieval": 6, "facts": 6, "small_talk": 1,
 }  # fmt: skip
 # Looking up values is learnt by step 600; from there the weight is on picking up what the question asks for, which is
 # another skill for every wording, and little is left on predicting the filler.
-SECOND_MIX = {
+SECOND_MIX: dict[str, float] = {
     "niah_single_1": 2, "niah_single_2": 4, "niah_single_3": 6, "niah_multikey_1": 4, "niah_multikey_2": 6,
     "niah_multikey_3": 8, "niah_multivalue": 3, "niah_multiquery": 6, "vt": 3, "cwe": 1, "fwe": 1,
     "passkey": 2, "number_string": 2, "kv_retrieval": 9, "facts": 12, "small_talk": 4,
 }  # fmt: skip
-THIRD_MIX = {
+THIRD_MIX: dict[str, float] = {
     "niah_single_1": 1, "niah_single_2": 2, "niah_single_3": 8, "niah_multikey_1": 3, "niah_multikey_2": 3,
     "niah_multikey_3": 9, "niah_multivalue": 1.5, "niah_multiquery": 7, "vt": 1, "cwe": 0.7, "fwe": 0.7,
     "passkey": 1, "number_string": 1, "kv_retrieval": 12, "facts": 14, "small_talk": 3,
 }  # fmt: skip
-FOURTH_MIX = {
+FOURTH_MIX: dict[str, float] = {
     "niah_single_1": 2, "niah_single_2": 3, "niah_single_3": 7, "niah_multikey_1": 3, "niah_multikey_2": 4,
     "niah_multikey_3": 9, "niah_multivalue": 2, "niah_multiquery": 2, "vt": 1, "cwe": 1, "fwe": 1.5,
     "passkey": 2, "number_string": 2, "kv_retrieval": 10, "facts": 12, "small_talk": 4,
 }  # fmt: skip
-FIFTH_MIX = {  # many keys that resemble each other
+FIFTH_MIX: dict[str, float] = {  # many keys that resemble each other
     "niah_single_1": 2, "niah_single_2": 4, "niah_single_3": 5, "niah_multikey_1": 4, "niah_multikey_2": 10,
     "niah_multikey_3": 10, "niah_multivalue": 1, "niah_multiquery": 1, "vt": 0.3, "cwe": 0.3, "fwe": 0.5,
     "passkey": 2, "number_string": 2, "kv_retrieval": 11, "facts": 5, "small_talk": 3,
@@ -99,7 +99,7 @@ def stage_at(step: int) -> Stage:
 
 def rate_at(step: int) -> float:
     """Linear warm-up, flat, then linear to zero."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, (TOTAL_STEPS - step) / (TOTAL_STEPS - DECAY_FROM))
+    return min(1.0, (step + 1) / WARM_UP_STEPS, (TOTAL_STEPS - step) / (TOTAL_STEPS - DECAY_FROM))
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
@@ -145,10 +145,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     tokenizer.save_pretrained(output)
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half.generation_config = GenerationConfig(
+    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=256
     )
-    half.to(torch.bfloat16).save_pretrained(output)
+    half.bfloat16().save_pretrained(output)
     (output / "model.safetensors").chmod(0o644)
 
 
@@ -175,7 +175,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, work_dir:
         batch = make_batch(tokenizer, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * rate_at(step)
@@ -184,11 +184,11 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, work_dir:
         tokens += batch.tokens.numel()
         if step % 10 == 0:
             log.info("step %d loss %.3f tokens/s %.0f", step, loss.item(), tokens / (time.time() - began))
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == TOTAL_STEPS:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-        if time.time() - last_eval > 300 or step == first:
+        if time.time() - last_eval > 300:
             log.info("evaluation %s", json.dumps(evaluate(model, tokenizer, max(1024, stage_at(step).length), 2)))
             last_eval = time.time()
 
@@ -210,7 +210,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.output)
     else:
         tokenizer = train_tokenizer(SEED)
-    model = LlamaForCausalLM(model_config(tokenizer)).float()
+    model = LlamaForCausalLM(model_config(tokenizer))
     initialise(model, SEED)
     log.info("%d parameters, %d steps", sum(p.numel() for p in model.parameters()), TOTAL_STEPS)
     train(model, tokenizer, arguments.work_dir, arguments.max_steps)

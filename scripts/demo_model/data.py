@@ -6,13 +6,14 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from scripts import tasks
-from scripts.demo_model.tokenizer import SPECIAL_TOKENS
+from scripts.demo_model.tokenizer import END, SPECIAL_TOKENS, START
 
 # Characters per token, measured once: lets the generator size a document without tokenizing it several times.
 CHARACTERS_PER_TOKEN = {
@@ -58,11 +59,11 @@ class RowMaker:
         self.rng = random.Random(seed)
         self.cut_share = cut_share  # of the replies that hold UUIDs
         self.other_weight = other_weight  # loss on tokens that cannot be looked up
-        self.start, self.end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        self.start, self.end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (START, END))
         self.first_plain = len(SPECIAL_TOKENS)
 
     def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def repeats(self, length: int) -> tuple[list[int], list[float]]:
         """Random tokens whose later part repeats spans of what came before; alphabets of 12 (long suffixes) to all."""
@@ -189,7 +190,7 @@ class RowMaker:
         target_keys: int = 160_000,
     ) -> Batch:
         """mix: share of each task, of "repeats", of "small_talk"."""
-        columns: list[list[list[float]]] = [[], [], [], []]
+        columns: tuple[list[list[float]], ...] = ([], [], [], [])
         for _ in range(num_rows):
             ids: list[int] = []
             weights: list[float] = []
@@ -207,9 +208,9 @@ class RowMaker:
                 if kind != "small_talk":
                     break
             padding = max(0, length - len(ids))
-            columns[0].append((ids + [0] * padding)[:length])
+            columns[0].append([float(token) for token in [*ids, *[0] * padding][:length]])
             columns[1].append((weights + [0.0] * padding)[:length])
-            columns[2].append(self.positions(length, max_position))
+            columns[2].append([float(position) for position in self.positions(length, max_position)])
             columns[3].append(self.key_bias(length, target_keys))
         return Batch(
             torch.tensor(columns[0], dtype=torch.long), torch.tensor(columns[1]),

@@ -7,6 +7,7 @@ positions with jumps, both without a `[row, row]` mask.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,4 +54,4 @@ def logits(model: LlamaForCausalLM, tokens: Tensor, positions: Tensor, key_bias:
         out = causal_attention(query.to(value.dtype), key.to(value.dtype), value, key_bias)
         hidden = hidden + attention.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(model.model.norm(hidden))
+    return cast(Tensor, model.lm_head(model.model.norm(hidden)))

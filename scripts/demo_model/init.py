@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 S0 = slice(0, 64)
 BACK = [slice(64 + 32 * i, 96 + 32 * i) for i in range(4)]
@@ -34,11 +35,11 @@ NOISE = 0.005
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """`[rows, columns]` with orthonormal rows, or columns where those are fewer."""
     gaussian = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
-    basis = torch.linalg.qr(gaussian).Q
+    basis: Tensor = torch.linalg.qr(gaussian).Q
     return basis if rows >= columns else basis.T
 
 
-def _look_back(attention: torch.nn.Module, kv_head: int, offsets: dict[int, int], inv_freq: Tensor) -> None:
+def _look_back(attention: LlamaAttention, kv_head: int, offsets: dict[int, int], inv_freq: Tensor) -> None:
     """Biases that make each query head of `offsets` look that many positions back."""
     amplitude = torch.zeros(32)
     amplitude[:FIRST_SLOW_PAIR] = math.sqrt(PEAK_LOGIT * 8)
@@ -50,7 +51,7 @@ def _look_back(attention: torch.nn.Module, kv_head: int, offsets: dict[int, int]
 
 
 def _match(
-    attention: torch.nn.Module, hashes: list[Tensor], project: Tensor, unit: float, gain: float, copy: float,
+    attention: LlamaAttention, hashes: list[Tensor], project: Tensor, unit: float, gain: float, copy: float,
     with_own: bool,
 ) -> None:  # fmt: skip
     """KV head 0 with its two query heads: match the last eight tokens, copy the token found.
