@@ -131,6 +131,28 @@ def attend_layer(
     scaling; no key: out 0, lse -inf). The result does not depend on the number of threads.
     """
 
+'def can_attend_chunk() -> bool:
+    """Whether `attend_chunk` works here: AMX-BF16 and AVX-512-BF16, and the system's leave to use them."""
+
+def attend_chunk(
+    queries: Tensor,
+    parts: list[Part],
+    num_new: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> None:
+    """Causal attention of the newest `num_new` positions over all positions, their own included.
+
+    queries bf16 `[num_q_heads, num_new, head_dim]`, dimensions dense; parts bf16 without codes, covering all
+    positions in order, the last ending with the chunk's own keys. Fills out, float32 or bf16, of the queries'
+    shape, and lse float32 `[num_q_heads, num_new]`. With `sliding_window`, a query sees the last that many
+    positions, itself included. Scores are float32, weights bf16 (relative error 0.0018, root mean square) and
+    divided by the sum of the rounded ones; scores beyond 2^27 give NaN. The result does not depend on the number
+    of threads. RuntimeError where `can_attend_chunk` says no.
+    """
+
 def search(queries: Tensor, part: Part, k: int, positions: Tensor, scores: Tensor, budget: Budget = ...) -> AttendStats:
     """The best k keys of a part with one KV head for queries `[num_queries, head_dim]`.
 
