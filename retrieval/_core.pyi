@@ -131,7 +131,7 @@ def attend_layer(
     scaling; no key: out 0, lse -inf). The result does not depend on the number of threads.
     """
 
-'def can_attend_chunk() -> bool:
+def can_attend_chunk() -> bool:
     """Whether `attend_chunk` works here: AMX-BF16 and AVX-512-BF16, and the system's leave to use them."""
 
 def attend_chunk(
