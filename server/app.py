@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.api import chat, completions, errors, messages, models, ops, responses, tokenize
 from server.api.face import EngineFace
-from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, RequestId
+from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, KeyConcurrency, RequestId
 from server.api.sampling import MODEL_DEFAULTS
 from server.api.service import Service
 from server.config import Settings
@@ -64,7 +64,10 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """The last one added sees a call first."""
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_body_bytes))
     if settings.api_keys:
-        app.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=("/health",))
+        if settings.max_concurrency_per_key:
+            app.add_middleware(KeyConcurrency, limit=settings.max_concurrency_per_key)
+        open_paths = ("/health", "/metrics") if settings.open_metrics else ("/health",)
+        app.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=open_paths)
     if settings.cors_allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     api_key: Secrets = Field(default_factory=list)
     """Keys accepted as `Authorization: Bearer KEY` (repeat the flag or separate by commas); none: open to all.
     /health stays open."""
+    open_metrics: bool = False
+    """Let /metrics be read without a key, for a Prometheus that has none."""
+    max_concurrency_per_key: int = Field(0, ge=0)
+    """Generations one API key may have running or waiting at once; one more gets 429. 0: no limit, as without keys."""
     request_timeout: float = Field(0.0, ge=0)
     """Seconds a request may take from arrival to its last token; 0: no limit, since a cold 1M prompt takes long."""
     drain_timeout: float = Field(30.0, ge=0)

@@ -1,4 +1,4 @@
-"""What happens to every HTTP call before it is routed: a request id, the API key, the size of the body.
+"""What happens to every HTTP call before it is routed: a request id, the API key and its limit, the size of the body.
 
 Plain ASGI, since the framework's own middleware base would hide disconnects from streams.
 """
@@ -10,13 +10,14 @@ import hmac
 import re
 import secrets
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
-from server.errors import AuthenticationError, RequestTooLargeError
+from server.errors import AuthenticationError, RateLimitError, RequestTooLargeError
 
 REQUEST_ID = "X-Request-Id"
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -71,6 +72,38 @@ class ApiKeys:
     def _digest(self, key: bytes) -> bytes:
         """Of one length whatever the key's, and of no use to another process."""
         return hmac.digest(self._secret, key, hashlib.sha256)
+
+
+class KeyConcurrency:
+    """Refuses a key's next generation while `limit` of them are under way; streams count until they end."""
+
+    RETRY_SECONDS = 1
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._num_running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        key = headers.get("Authorization") or headers.get("X-Api-Key", "")
+        if self._num_running[key] >= self._limit:
+            error = RateLimitError(
+                f"this key already has {self._limit} requests under way (--max-concurrency-per-key)",
+                code="rate_limit_exceeded",
+                retry_after_seconds=self.RETRY_SECONDS,
+            )
+            await error_response(error, path=scope["path"])(scope, receive, send)
+            return
+        self._num_running[key] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_running[key] -= 1
+            self._num_running += Counter()  # drops keys at zero
 
 
 class BodyLimit:

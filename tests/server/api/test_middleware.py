@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
+from server.engine.events import Done, Finish, Usage
 from tests.server.conftest import MakeClient
+from tests.server.fake_engine import FakeEngine
 
 COMPLETIONS = "/v1/completions"
 
@@ -44,6 +48,30 @@ async def test_key_may_come_anthropics_way(make_client: MakeClient) -> None:
     client = make_client(api_key=["one"])
     assert (await client.get("/v1/models", headers={"X-Api-Key": "one"})).status_code == 200
     assert (await client.get("/v1/models", headers={"X-Api-Key": "two"})).status_code == 401
+
+
+async def test_metrics_may_be_open(make_client: MakeClient) -> None:
+    assert (await make_client(api_key=["one"], open_metrics=True).get("/metrics")).status_code == 200
+
+
+async def test_key_has_only_so_many_generations_at_once(make_client: MakeClient, engine: FakeEngine) -> None:
+    engine.script = lambda request: []
+    client = make_client(api_key=["one", "two"], max_concurrency_per_key=1)
+    first, second = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    running = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "x"}, headers=first))
+    await engine.submitted.wait()
+    refused = await client.post(COMPLETIONS, json={"prompt": "x"}, headers=first)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert refused.headers["retry-after"] == "1"
+    assert (await client.get("/v1/models", headers=first)).status_code == 200
+    engine.streams[0].push(Finish(0, "length"), Done(Usage(1, 0, 0, None)))
+    assert (await running).status_code == 200
+    for headers in (first, second):
+        answer = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "x"}, headers=headers))
+        engine.submitted.clear()
+        await engine.submitted.wait()
+        engine.streams[-1].push(Finish(0, "length"), Done(Usage(1, 0, 0, None)))
+        assert (await answer).status_code == 200
 
 
 async def test_health_needs_no_key(make_client: MakeClient) -> None:
