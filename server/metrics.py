@@ -88,10 +88,9 @@ class Metrics:
         self._evictions = self._counter("evictions", "Segments or indexes evicted.", "tier", "reason")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
-        for tier in ("device", "host", "disk"):
-            self._segments.labels(tier)
-            for content in ("kv", "index", "staging"):
-                self._bytes.labels(tier, content)
+        self._segments.labels("host")
+        for content in ("kv", "index"):
+            self._bytes.labels("host", content)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"retrieval_{name}", text, labels, registry=self._registry)
