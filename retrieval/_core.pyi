@@ -18,8 +18,11 @@ class LayerCodes:
     """RaBitQ codes of the keys of one segment and layer, all KV heads. Searches may run while keys are appended."""
 
     def __init__(self, num_kv_heads: int, head_dim: int, bits: int = 2, seed: int = 0) -> None: ...
-    def append(self, keys: Tensor) -> None:
-        """keys `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none."""
+    def append(self, keys: Tensor, values: Tensor | None = None) -> None:
+        """keys, values `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none.
+
+        With values (for all keys or for none), heads that look widely have what they do not retrieve summed by
+        estimate; without, they retrieve it."""
 
     @property
     def num_kv_heads(self) -> int: ...
@@ -47,12 +50,15 @@ class Budget:
         k: int = 0,
         beta: float = 10.0,
         deviations: float = 3.5,
-        min_keys: int = 16,
+        min_keys: int = 1,
         max_keys: int = 16384,
+        rest: float = 0.003,
+        rest_keys: int = 512,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
-        max_keys: rescored at most, per KV head and sequence."""
+        max_keys: rescored at most, per KV head and sequence. rest: a head whose unretrieved keys weigh more than this
+        share has them summed by estimate (0: never), and then retrieves about `rest_keys`."""
 
     @property
     def k(self) -> int: ...
@@ -64,6 +70,10 @@ class Budget:
     def min_keys(self) -> int: ...
     @property
     def max_keys(self) -> int: ...
+    @property
+    def rest(self) -> float: ...
+    @property
+    def rest_keys(self) -> int: ...
 
 class AttendStats:
     """Sums over sequences and query heads."""
@@ -81,8 +91,8 @@ class AttendStats:
         """Keys of searched parts whose value entered the output."""
 
     @property
-    def num_estimated(self) -> int:
-        """Keys estimated from all planes."""
+    def num_summed(self) -> int:
+        """Keys that entered as the estimated weight of the mean value of their 64 neighbours."""
 
     @property
     def bytes_read(self) -> int:

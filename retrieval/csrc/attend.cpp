@@ -17,7 +17,8 @@ constexpr int kBlockKeys = 8 * kGroupKeys; // keys per entry of tops
 constexpr int kBlocksPerChunk = kChunkKeys / kBlockKeys;
 constexpr std::int64_t kChunksPerTask = 2;
 constexpr std::int64_t kSmallPart = 512;   // searched parts this small are attended exactly
-constexpr int kProbes = 32;                // keys rescored to find the threshold
+constexpr int kProbes = 16;                // keys rescored to find the threshold
+constexpr std::int64_t kSampleGroups = 16; // groups estimated to see how wide a head looks
 
 // Softmax over some keys, not yet divided: sum of exp(scale * (s - top)) and the values weighted with it.
 struct Partial {
@@ -28,7 +29,8 @@ struct Partial {
 
 struct Candidate {
   std::int32_t position;
-  float slack;  // largest distance of its bound above the floor of a head
+  float slack;         // largest distance of its bound above the floor of a head
+  std::uint8_t heads;  // bit h: its bound passes the floor of head h
 };
 
 // One searched part, seen by one unit.
@@ -42,13 +44,23 @@ struct Scan {
   std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::vector<std::vector<Candidate>> found;  // by chunk task
+  std::vector<std::size_t> rest_slots;        // by chunk task, where unretrieved keys are summed; empty if nowhere
   std::vector<std::int32_t> positions;        // all found, ascending
+  std::vector<std::uint8_t> heads;            // Candidate::heads of each
   float* scores = nullptr;                    // [num][positions.size()]
 
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
   std::int64_t tops_stride() const { return num_chunks * kBlocksPerChunk; }
   const CodeChunk& chunk(std::int64_t i) const { return *codes->chunks[static_cast<std::size_t>(first_chunk + i)]; }
-  float bound_unit(std::int64_t i, int h) const { return query.coarse_step[h] * chunk(i).coarse_unit; }
+  float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).unit; }
+
+  std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
+
+  // How bounds of chunk i become estimates.
+  Estimate terms(std::int64_t i, int h, float scale, float best) const {
+    const float factor = chunk(i).unit / 32768.0f, deviation = query.deviation[h] * factor;
+    return {query.base[h], bound_unit(i, h), query.lift[h] * factor, 0.5f * scale * deviation * deviation, scale, best};
+  }
 
   // Integer bounds of chunk i that reach `floor` are those >= the result; above 32767: none does.
   int threshold(std::int64_t i, int h, float floor) const {
@@ -68,6 +80,8 @@ struct Unit {
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
+  bool is_spread[kMaxGroup] = {};  // keys below the floor are summed by estimate
+  bool has_spread = false;
   std::int64_t num_probed = 0;
 };
 
@@ -77,7 +91,7 @@ class Arena {
   template <typename T>
   T* take(std::size_t count) {
     const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (used_ + bytes > size_) grow(used_ + bytes);
+    if (blocks_.empty() || used_ + bytes > size_) grow(used_ + bytes);
     T* pointer = reinterpret_cast<T*>(blocks_.back().get() + (used_ - base_));
     used_ += bytes;
     return pointer;
@@ -144,11 +158,16 @@ class Job {
   void lock(const std::vector<std::vector<const Part*>>& parts);
   void add_part(Unit& unit, std::size_t at, const Part& part);
   std::size_t add_partial(Unit& unit);
+  void add_rest(Unit& unit);
   void prepare(Unit& unit);
   void attend_exactly(const Task& task);
   void scan_chunks(const Task& task);
   void find_floor(Unit& unit, int k);
-  void refine(const Task& task, std::int64_t& num_estimated);
+  float probe_bound(const Unit& unit, int h, std::size_t wanted) const;
+  std::vector<float> probe(Unit& unit, int h, std::size_t wanted) const;
+  float floor_of(float best, std::vector<float>& scores, int k) const;
+  void look_around(Unit& unit, int h, float known) const;
+  void refine(const Task& task, AttendStats& stats);
   void gather(std::size_t at);
   void settle_floor(Unit& unit, int k);
   void weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::int64_t& num_rows);
@@ -213,7 +232,7 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part) {
     scan.num_chunks = coded > part.begin ? (coded + kChunkKeys - 1) / kChunkKeys - scan.first_chunk : 0;
     scan.bounds = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.stride()));
     scan.tops = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.tops_stride()));
-    stats_.bytes_read += scan.num_chunks * kChunkKeys * (part.head_dim / 8 + 2);
+    if (part.codes) stats_.bytes_read += scan.num_chunks * kChunkKeys * (part.codes->bits() * part.head_dim / 8 + 2);
     for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerTask) {
       scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + kChunksPerTask, scan.num_chunks)});
       scan.found.emplace_back();
@@ -301,22 +320,36 @@ void Job::attend_exactly(const Task& task) {
 void Job::scan_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
-  const int bytes = plane_bytes(unit.queries.head_dim);
+  const std::int64_t plane_stride = std::int64_t{kChunkGroups} * plane_bytes(unit.queries.head_dim);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    kernels().scan(scan.query.coarse_tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim,
-                   scan.query.shift, reinterpret_cast<const std::uint8_t*>(chunk.planes.get()), kChunkGroups, bytes,
-                   chunk.coarse, scan.bounds + c * kChunkKeys, scan.stride(), scan.tops + c * kBlocksPerChunk,
-                   scan.tops_stride());
+    kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim,
+                   scan.query.shift, reinterpret_cast<const std::uint8_t*>(chunk.planes.get()),
+                   scan.part->codes->bits(), plane_stride, kChunkGroups, chunk.factors, scan.bounds + c * kChunkKeys,
+                   scan.stride(), scan.tops + c * kBlocksPerChunk, scan.tops_stride());
+  }
+}
+
+// A place per task of refine for the keys that are summed.
+void Job::add_rest(Unit& unit) {
+  for (Scan& scan : unit.scans) {
+    for (std::size_t i = 0; i < scan.found.size(); ++i) {
+      const std::size_t slot = add_partial(unit);
+      std::copy_n(unit.best, kMaxGroup, unit.partials[slot].top);
+      scan.rest_slots.push_back(slot);
+    }
   }
 }
 
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
   for_units([&](Unit& unit) { find_floor(unit, k); });
-  std::vector<std::int64_t> estimated(scan_tasks_.size());
-  for_tasks(scan_tasks_, [&](std::size_t i) { refine(scan_tasks_[i], estimated[i]); });
-  for (const std::int64_t count : estimated) stats_.num_estimated += count;
+  for (Unit& unit : units_) {
+    if (unit.has_spread) add_rest(unit);
+  }
+  std::vector<AttendStats> counts(scan_tasks_.size());
+  for_tasks(scan_tasks_, [&](std::size_t i) { refine(scan_tasks_[i], counts[i]); });
+  for (const AttendStats& count : counts) stats_.num_summed += count.num_summed;
   for (std::size_t u = 0; u < units_.size(); ++u) gather(u);
   for_tasks(score_tasks_, [&](std::size_t i) {
     const Task& task = score_tasks_[i];
@@ -335,131 +368,230 @@ void Job::find_floor(Unit& unit, int k) {
   const auto wanted = static_cast<std::size_t>(std::max({k, budget_.min_keys, kProbes}));
   std::fill_n(unit.best, kMaxGroup, -kInfinity);
   std::fill_n(unit.floor, kMaxGroup, -kInfinity);
-  std::int64_t num_visible = 0;
-  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
-  if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   for (const Partial& partial : unit.partials) {
     for (int h = 0; h < unit.queries.num; ++h) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   }
+  std::int64_t num_visible = 0;
+  bool has_values = true;
+  for (const Scan& scan : unit.scans) {
+    num_visible += scan.end - scan.begin;
+    has_values &= scan.num_chunks == 0 || scan.part->codes->has_values_locked();
+  }
+  if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
+  for (int h = 0; h < unit.queries.num; ++h) {
+    std::vector<float> scores = probe(unit, h, wanted);
+    unit.num_probed += static_cast<std::int64_t>(scores.size());
+    for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
+    unit.floor[h] = floor_of(unit.best[h], scores, k);
+    if (k > 0 || budget_.rest <= 0.0f || !has_values || will_list_) continue;
+    float known = 0.0f;
+    for (const float score : scores) known += std::exp(scale_ * (score - unit.best[h]));
+    for (const Partial& partial : unit.partials) {
+      if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale_ * (partial.top[h] - unit.best[h]));
+    }
+    look_around(unit, h, known);
+  }
+  for (int h = 0; h < unit.queries.num; ++h) unit.has_spread |= unit.is_spread[h];
+}
+
+// A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
+float Job::probe_bound(const Unit& unit, int h, std::size_t wanted) const {
+  std::vector<float> tops;
+  for (const Scan& scan : unit.scans) {
+    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
+      tops.push_back(scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top);
+    }
+  }
+  if (tops.size() > wanted) {
+    const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
+    std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
+    return *nth;
+  }
+  // Few blocks: go down from the least top in growing steps until enough keys pass.
+  const auto [least, most] = std::minmax_element(tops.begin(), tops.end());
+  float bound = *least, step = std::max(*most - *least, 1e-3f * std::fabs(*most));
+  for (int turn = 0; turn < 8 && step > 0.0f; ++turn) {
+    std::size_t count = 0;
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+        const int threshold = scan.threshold(c, h, bound);
+        if (threshold > 32767) continue;
+        std::uint64_t masks[kChunkGroups];
+        kernels().select(scan.bounds + h * scan.stride() + c * kChunkKeys, kChunkGroups,
+                         static_cast<std::int16_t>(threshold), masks);
+        for (int g = 0; g < kChunkGroups; ++g) {
+          count += static_cast<std::size_t>(__builtin_popcountll(
+              masks[g] & range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end)));
+        }
+      }
+    }
+    if (count >= wanted) return bound;
+    bound -= step;
+    step *= 2.0f;
+  }
+  return -kInfinity;
+}
+
+// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many.
+std::vector<float> Job::probe(Unit& unit, int h, std::size_t wanted) const {
   struct Probe {
     float bound;
     std::uint32_t scan;
     std::int32_t position;
   };
-  std::vector<float> tops;
   std::vector<Probe> probes;
-  std::vector<float> scores;
-  for (int h = 0; h < unit.queries.num; ++h) {
-    // A bound that at least `wanted` keys reach, one block's best each; too few blocks: no bound.
-    tops.clear();
-    for (const Scan& scan : unit.scans) {
-      for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-        tops.push_back(scan.query.base[h] +
-                       scan.bound_unit(b / kBlocksPerChunk, h) * static_cast<float>(scan.tops[h * scan.tops_stride() + b]));
-      }
-    }
-    float reached = -kInfinity;
-    if (tops.size() > wanted) {
-      const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
-      std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
-      reached = *nth;
-    }
-    probes.clear();
-    for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-      const Scan& scan = unit.scans[s];
-      for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-        const int threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
-        if (scan.tops[h * scan.tops_stride() + b] < threshold) continue;
-        const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
-        const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
-        const std::int64_t first = scan.first_chunk * kChunkKeys + b * kBlockKeys;
-        std::uint64_t masks[kBlockKeys / kGroupKeys];
-        kernels().select(bounds, kBlockKeys / kGroupKeys, static_cast<std::int16_t>(threshold), masks);
-        for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
-          const std::int64_t start = first + g * kGroupKeys;
-          for_each_bit(masks[g] & range_mask(start, scan.begin, scan.end), [&](int i) {
-            probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
-                              static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
-          });
-        }
-      }
-    }
-    if (probes.empty()) continue;
-    const std::size_t kept = std::min(probes.size(), 2 * wanted);
-    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept - 1), probes.end(),
-                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
-    const Queries query{unit.queries.values + h * unit.queries.head_dim,
-                        unit.queries.bf16 != nullptr ? unit.queries.bf16 + h * unit.queries.head_dim : nullptr, 1,
-                        unit.queries.head_dim};
-    scores.resize(kept);
-    for (std::size_t i = 0; i < kept; ++i) {
-      const Scan& scan = unit.scans[probes[i].scan];
-      kernels().score(query, scan.part->key_rows(unit.kv_head), &probes[i].position, 0, 1, &scores[i], 1);
-      unit.best[h] = std::max(unit.best[h], scores[i]);
-    }
-    unit.num_probed += static_cast<std::int64_t>(kept);
-    const auto least = static_cast<std::size_t>(k > 0 ? k : budget_.min_keys);
-    float floor = k > 0 ? kInfinity : unit.best[h] - budget_.beta / scale_;
-    if (least > scores.size()) {
-      floor = -kInfinity;
-    } else if (least > 0) {
-      std::nth_element(scores.begin(), scores.begin() + static_cast<std::ptrdiff_t>(least - 1), scores.end(),
-                       std::greater<float>());
-      floor = std::min(floor, scores[least - 1]);
-    }
-    unit.floor[h] = floor;
-  }
-}
-
-// Bounds from the sign plane that pass the floor are replaced by estimates from all planes.
-void Job::refine(const Task& task, std::int64_t& num_estimated) {
-  Unit& unit = units_[task.unit];
-  Scan& scan = unit.scans[task.run];
-  const LayerCodes& codes = *scan.part->codes;
-  const int bytes = plane_bytes(unit.queries.head_dim);
-  const std::int64_t table_stride = std::int64_t{unit.queries.head_dim} * 4;
-  std::vector<Candidate>& found = scan.found[task.slot];
-  float sums[kGroupKeys], slack[kGroupKeys];
-  std::uint64_t masks[kMaxGroup][kBlockKeys / kGroupKeys];
-  for (std::int64_t b = task.begin * kBlocksPerChunk; b < task.end * kBlocksPerChunk; ++b) {
-    const std::int64_t c = b / kBlocksPerChunk;
-    const CodeChunk& chunk = scan.chunk(c);
-    bool is_any = false;
-    bool is_hit[kMaxGroup];
-    for (int h = 0; h < unit.queries.num; ++h) {
-      const int threshold = scan.threshold(c, h, unit.floor[h]);
-      is_hit[h] = scan.tops[h * scan.tops_stride() + b] >= threshold;
-      is_any |= is_hit[h];
-      if (is_hit[h]) {
-        kernels().select(scan.bounds + h * scan.stride() + b * kBlockKeys, kBlockKeys / kGroupKeys,
-                         static_cast<std::int16_t>(threshold), masks[h]);
-      }
-    }
-    if (!is_any) continue;
-    for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
-      const std::int64_t first = (scan.first_chunk * kChunkKeys) + b * kBlockKeys + g * kGroupKeys;
-      const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
-      const auto slot = static_cast<int>(first % kChunkKeys);
-      std::uint64_t survivors = 0;
-      for (int h = 0; h < unit.queries.num; ++h) {
-        const std::uint64_t hits = is_hit[h] ? masks[h][g] & visible : 0;
-        if (hits == 0) continue;
-        num_estimated += __builtin_popcountll(hits);
-        kernels().estimate(scan.query.fine_tables.data() + h * table_stride, unit.queries.head_dim,
-                           reinterpret_cast<const std::uint8_t*>(chunk.planes.get()) + slot / kGroupKeys * bytes,
-                           codes.bits(), std::int64_t{kChunkGroups} * bytes, sums);
-        const float reach = budget_.deviations * scan.query.norm[h];
-        const float distance = scan.query.base[h] - unit.floor[h];
-        for_each_bit(hits, [&](int i) {
-          const float above = distance + bf16_to_float(chunk.fine[slot + i]) * (scan.query.fine_step[h] * sums[i] + scan.query.fine_offset[h]) +
-                              reach * bf16_to_float(chunk.error[slot + i]);
-          if (above < 0.0f) return;
-          const std::uint64_t bit = std::uint64_t{1} << i;
-          slack[i] = survivors & bit ? std::max(slack[i], above) : above;
-          survivors |= bit;
+  const float reached = probe_bound(unit, h, wanted);
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    const Scan& scan = unit.scans[s];
+    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      const int threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
+      if (scan.tops[h * scan.tops_stride() + b] < threshold) continue;
+      const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
+      const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
+      std::uint64_t masks[kBlockKeys / kGroupKeys];
+      kernels().select(bounds, kBlockKeys / kGroupKeys, static_cast<std::int16_t>(threshold), masks);
+      for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
+        const std::int64_t start = scan.first_key(0) + b * kBlockKeys + g * kGroupKeys;
+        for_each_bit(masks[g] & range_mask(start, scan.begin, scan.end), [&](int i) {
+          probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
+                            static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
         });
       }
-      for_each_bit(survivors, [&](int i) { found.push_back({static_cast<std::int32_t>(first + i), slack[i]}); });
+    }
+  }
+  const std::size_t kept = std::min(probes.size(), 2 * wanted);
+  if (kept < probes.size()) {
+    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
+                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
+  }
+  const Queries query{unit.queries.values + h * unit.queries.head_dim,
+                      unit.queries.bf16 != nullptr ? unit.queries.bf16 + h * unit.queries.head_dim : nullptr, 1,
+                      unit.queries.head_dim};
+  std::vector<float> scores(kept);
+  std::vector<std::int32_t> positions;
+  std::size_t done = 0;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    positions.clear();
+    for (std::size_t i = 0; i < kept; ++i) {
+      if (probes[i].scan == s) positions.push_back(probes[i].position);
+    }
+    const auto count = static_cast<int>(positions.size());
+    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done, count);
+    done += positions.size();
+  }
+  return scores;
+}
+
+// The score that a key must reach, given the best one and some scores.
+float Job::floor_of(float best, std::vector<float>& scores, int k) const {
+  const float floor = k > 0 ? kInfinity : best - budget_.beta / scale_;
+  const auto least = static_cast<std::size_t>(k > 0 ? k : budget_.min_keys);
+  if (k == 0 && least <= 1) return floor;  // the best key passes anyway
+  if (least > scores.size()) return -kInfinity;  // fewer than asked for: all of them
+  const auto nth = scores.begin() + static_cast<std::ptrdiff_t>(least - 1);
+  std::nth_element(scores.begin(), nth, scores.end(), std::greater<float>());
+  return std::min(floor, *nth);
+}
+
+// Groups taken at even distances tell how many keys pass the floor and what those below weigh. Too many, or
+// too much: the head is spread. It then retrieves few keys and has the others summed by estimate.
+// known: weight of the keys seen so far, relative to the best one.
+void Job::look_around(Unit& unit, int h, float known) const {
+  std::vector<float> estimates;
+  float below = 0.0f;
+  std::int64_t num_groups = 0, num_visible = 0;
+  for (const Scan& scan : unit.scans) num_groups += scan.num_chunks * kChunkGroups;
+  const std::int64_t step = std::max<std::int64_t>(1, num_groups / kSampleGroups);
+  std::int64_t group = step / 2;  // counted through all scans
+  for (const Scan& scan : unit.scans) {
+    num_visible += scan.end - scan.begin;
+    for (; group < scan.num_chunks * kChunkGroups; group += step) {
+      const std::int64_t c = group / kChunkGroups, slot = group % kChunkGroups * kGroupKeys;
+      const std::int16_t* bounds = scan.bounds + h * scan.stride() + group * kGroupKeys;
+      const std::int16_t* factors = scan.chunk(c).factors + slot;
+      const Estimate terms = scan.terms(c, h, scale_, unit.best[h]);
+      const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
+      kernels().split(bounds, factors, terms, unit.floor[h], visible, &below);
+      for_each_bit(visible, [&](int i) {
+        estimates.push_back(terms.base + terms.slope * static_cast<float>(bounds[i]) -
+                            terms.lift * static_cast<float>(factors[i]));
+      });
+    }
+    group -= scan.num_chunks * kChunkGroups;
+  }
+  if (estimates.empty()) return;
+  const float per_sample = static_cast<float>(num_visible) / static_cast<float>(estimates.size());
+  below *= per_sample;
+  const auto rank = static_cast<std::size_t>(static_cast<float>(budget_.rest_keys) / per_sample);
+  float ranked = -kInfinity;
+  if (rank < estimates.size()) {
+    const auto nth = estimates.begin() + static_cast<std::ptrdiff_t>(rank);
+    std::nth_element(estimates.begin(), nth, estimates.end(), std::greater<float>());
+    ranked = *nth;
+  }
+  unit.is_spread[h] = ranked > unit.floor[h] || below > budget_.rest * (known + below);
+  if (unit.is_spread[h]) unit.floor[h] = std::max(unit.floor[h], ranked);
+}
+
+// Keys whose bound passes the floor become candidates; of a spread head, those whose estimate does.
+void Job::refine(const Task& task, AttendStats& stats) {
+  Unit& unit = units_[task.unit];
+  Scan& scan = unit.scans[task.run];
+  std::vector<Candidate>& found = scan.found[task.slot];
+  Partial* partial = unit.has_spread ? &unit.partials[scan.rest_slots[task.slot]] : nullptr;
+  const std::int64_t num_coded = scan.part->codes->num_keys_locked();
+  std::uint64_t masks[kMaxGroup][kChunkGroups];
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    const CodeChunk& chunk = scan.chunk(c);
+    float rest[kMaxGroup * kChunkGroups] = {};  // weight of a group's unretrieved keys, per key of the group
+    std::uint64_t any[kChunkGroups] = {};
+    for (int h = 0; h < unit.queries.num; ++h) {
+      const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
+      if (unit.is_spread[h]) {
+        const Estimate terms = scan.terms(c, h, scale_, unit.best[h]);
+        for (int g = 0; g < kChunkGroups; ++g) {
+          const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
+          const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
+          float weight = 0.0f;
+          masks[h][g] = 0;
+          if (visible == 0) continue;
+          masks[h][g] = kernels().split(bounds + g * kGroupKeys, chunk.factors + g * kGroupKeys, terms,
+                                        unit.floor[h], visible, &weight);
+          any[g] |= masks[h][g];
+          rest[h * kChunkGroups + g] = weight / static_cast<float>(std::min<std::int64_t>(kGroupKeys, num_coded - first));
+          partial->sum[h] += weight;
+          stats.num_summed += __builtin_popcountll(visible & ~masks[h][g]);
+        }
+        continue;
+      }
+      const int threshold = scan.threshold(c, h, unit.floor[h]);
+      for (int b = 0; b < kBlocksPerChunk; ++b) {
+        constexpr int kGroups = kBlockKeys / kGroupKeys;
+        std::uint64_t* mask = masks[h] + b * kGroups;
+        std::fill_n(mask, kGroups, std::uint64_t{0});
+        if (scan.tops[h * scan.tops_stride() + c * kBlocksPerChunk + b] < threshold) continue;
+        kernels().select(bounds + b * kBlockKeys, kGroups, static_cast<std::int16_t>(threshold), mask);
+        for (int g = 0; g < kGroups; ++g) any[b * kGroups + g] |= mask[g];
+      }
+    }
+    for (int g = 0; g < kChunkGroups; ++g) {
+      if (any[g] == 0) continue;
+      const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
+      for_each_bit(any[g] & range_mask(first, scan.begin, scan.end), [&](int i) {
+        Candidate candidate{static_cast<std::int32_t>(first + i), -kInfinity, 0};
+        for (int h = 0; h < unit.queries.num; ++h) {
+          if ((masks[h][g] >> i & 1u) == 0) continue;
+          const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
+          candidate.slack = std::max(candidate.slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
+          candidate.heads = static_cast<std::uint8_t>(candidate.heads | 1u << h);
+        }
+        found.push_back(candidate);
+      });
+    }
+    if (partial != nullptr) {
+      const Rows sums{chunk.value_sums.get(), nullptr, DType::kFloat32, unit.queries.head_dim};
+      kernels().accumulate(rest, kChunkGroups, unit.queries.num, sums, nullptr, 0, kChunkGroups, partial->acc);
     }
   }
 }
@@ -484,10 +616,13 @@ void Job::gather(std::size_t at) {
     Scan& scan = unit.scans[s];
     for (const auto& found : scan.found) {
       for (const Candidate& candidate : found) {
-        if (candidate.slack >= least) scan.positions.push_back(candidate.position);
+        if (candidate.slack < least) continue;
+        scan.positions.push_back(candidate.position);
+        scan.heads.push_back(candidate.heads);
       }
     }
     for (std::int64_t i = scan.end; i < scan.listed_end; ++i) scan.positions.push_back(static_cast<std::int32_t>(i));
+    scan.heads.resize(scan.positions.size(), 0xff);
     const auto count = static_cast<std::int64_t>(scan.positions.size());
     scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
     stats_.num_scored += unit.queries.num * count;
@@ -504,21 +639,12 @@ void Job::settle_floor(Unit& unit, int k) {
     scores.clear();
     for (const Scan& scan : unit.scans) {
       const std::size_t count = scan.positions.size();
-      scores.insert(scores.end(), scan.scores + static_cast<std::size_t>(h) * count,
-                    scan.scores + static_cast<std::size_t>(h + 1) * count);
+      if (count == 0) continue;
+      const float* row = scan.scores + static_cast<std::size_t>(h) * count;
+      unit.best[h] = std::max(unit.best[h], kernels().maximum(row, static_cast<int>(count)));
+      if (k > 0 || budget_.min_keys > 1) scores.insert(scores.end(), row, row + count);
     }
-    if (scores.empty()) continue;
-    unit.best[h] = std::max(unit.best[h], *std::max_element(scores.begin(), scores.end()));
-    const auto least = static_cast<std::size_t>(k > 0 ? k : budget_.min_keys);
-    float floor = k > 0 ? kInfinity : unit.best[h] - budget_.beta / scale_;
-    if (least >= scores.size()) {
-      floor = -kInfinity;
-    } else if (least > 0) {
-      const auto nth = scores.begin() + static_cast<std::ptrdiff_t>(least - 1);
-      std::nth_element(scores.begin(), nth, scores.end(), std::greater<float>());
-      floor = std::min(floor, *nth);
-    }
-    unit.floor[h] = floor;
+    unit.floor[h] = unit.is_spread[h] ? -kInfinity : floor_of(unit.best[h], scores, k);
   }
 }
 
@@ -545,11 +671,12 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
     bool is_kept = false;
     for (int h = 0; h < unit.queries.num; ++h) {
       const float score = scan.scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
-      weights[h * kTileKeys + count] = score;
-      if (score >= unit.floor[h]) {
-        is_kept = true;
-        ++num_retrieved;
-      }
+      // A spread head has summed what did not pass for it, so that must not enter again.
+      const bool is_mine = score >= unit.floor[h] &&
+                           (!unit.is_spread[h] || (scan.heads[static_cast<std::size_t>(i)] >> h & 1u) != 0);
+      weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
+      is_kept |= is_mine;
+      num_retrieved += is_mine ? 1 : 0;
     }
     positions[count] = scan.positions[static_cast<std::size_t>(i)];
     count += is_kept ? 1 : 0;
@@ -558,7 +685,8 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
   num_rows = count;
   for (int h = 0; h < unit.queries.num; ++h) {
     partial.top[h] = unit.best[h];
-    partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, unit.best[h], unit.floor[h]);
+    partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, unit.best[h],
+                                             std::numeric_limits<float>::lowest());
   }
   kernels().accumulate(weights, kTileKeys, unit.queries.num, scan.part->value_rows(unit.kv_head), positions, 0, count,
                        partial.acc);

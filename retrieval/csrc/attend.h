@@ -1,9 +1,10 @@
 // Attention of one decode step in one layer: all sequences, all heads.
 //
 // A sequence is a list of parts, disjoint runs of positions. A part without codes is attended exactly.
-// A part with codes is searched: its sign plane is scanned once for all query heads of a KV head, keys
-// whose bound could matter are estimated from all planes, those whose bound still could matter are
-// rescored exactly, and those that do matter enter the output. Everything is merged in float32.
+// A part with codes is searched: the codes are scanned once for all query heads of a KV head, keys whose
+// bound could matter are rescored exactly, and those that do matter enter the output. A head that looks
+// so widely that too much would be left out has the rest summed: each key with its estimated weight, and
+// the mean value of its 64 neighbours. Everything is merged in float32.
 // The result depends neither on the number of threads nor on their timing.
 #pragma once
 
@@ -48,8 +49,10 @@ struct Budget {
   int k = 0;                // > 0: the k best keys; 0: every key that matters
   float beta = 10.0f;       // what matters: a logit at most this many nats below the best one
   float deviations = 3.5f;  // a key is ruled out when even that many standard deviations would not lift it
-  int min_keys = 16;        // retrieved at least (as far as there are keys)
+  int min_keys = 1;         // retrieved at least (as far as there are keys)
   int max_keys = 16384;     // rescored at most, per KV head and sequence
+  float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share has them summed by estimate
+  int rest_keys = 512;      // keys such a head retrieves, about
 };
 
 // Sums over sequences and query heads.
@@ -57,7 +60,7 @@ struct AttendStats {
   std::int64_t num_visible = 0;    // keys attended or searched
   std::int64_t num_scored = 0;     // exact inner products
   std::int64_t num_retrieved = 0;  // keys of searched parts whose value entered the output
-  std::int64_t num_estimated = 0;  // keys estimated from all planes
+  std::int64_t num_summed = 0;     // keys that entered as the estimated weight of their group's mean value
   std::int64_t bytes_read = 0;     // codes, keys and values
 };
 

@@ -271,25 +271,36 @@ AttendStats bound_search(const Array& queries, const std::shared_ptr<BoundPart>&
   return search_part(layer, bound->part, k, budget, *pool, positions.data(), scores.data());
 }
 
-void append_keys(LayerCodes& codes, const Array& keys) {
-  require_head_rows(keys, "keys");
-  require(static_cast<int>(keys.shape(0)) == codes.num_kv_heads() && static_cast<int>(keys.shape(2)) == codes.head_dim(),
-          "keys must be [num_kv_heads, count, head_dim] of the codes' own heads and width");
-  const DType dtype = dtype_of(keys, "keys");
+std::vector<Rows> head_rows(const Array& array, const char* name, const LayerCodes& codes) {
+  require_head_rows(array, name);
+  require(static_cast<int>(array.shape(0)) == codes.num_kv_heads() && static_cast<int>(array.shape(2)) == codes.head_dim(),
+          "keys and values must be [num_kv_heads, count, head_dim] of the codes' own heads and width");
+  const DType dtype = dtype_of(array, name);
   std::vector<Rows> heads;
   for (int h = 0; h < codes.num_kv_heads(); ++h) {
-    const auto* data = static_cast<const std::byte*>(keys.data()) + h * keys.stride(0) * element_bytes(dtype);
+    const auto* data = static_cast<const std::byte*>(array.data()) + h * array.stride(0) * element_bytes(dtype);
     heads.push_back({data, nullptr, dtype, codes.head_dim()});
+  }
+  return heads;
+}
+
+void append_keys(LayerCodes& codes, const Array& keys, const std::optional<Array>& values) {
+  const std::vector<Rows> key_rows = head_rows(keys, "keys", codes);
+  std::vector<Rows> value_rows;
+  if (values) {
+    value_rows = head_rows(*values, "values", codes);
+    require(values->shape(1) == keys.shape(1), "as many values as keys");
   }
   const auto count = static_cast<std::int64_t>(keys.shape(1));
   const auto pool = pool_owner().get();
   const nb::gil_scoped_release release;
-  codes.append(heads, count, *pool);
+  codes.append(key_rows, value_rows, count, *pool);
 }
 
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // the interpreter ends before the default arguments do
   m.def("simd_level", [] { return std::string(kernels().name); });
   m.def("set_simd_level", [](const std::string& name) {
     if (!select_kernels(name.c_str())) throw std::invalid_argument("no SIMD level " + name + " here");
@@ -299,7 +310,7 @@ NB_MODULE(_core, m) {
 
   nb::class_<LayerCodes>(m, "LayerCodes")
       .def(nb::init<int, int, int, std::uint64_t>(), "num_kv_heads"_a, "head_dim"_a, "bits"_a = 2, "seed"_a = 0)
-      .def("append", &append_keys, "keys"_a.noconvert())
+      .def("append", &append_keys, "keys"_a.noconvert(), "values"_a.noconvert().none() = nb::none())
       .def_prop_ro("num_kv_heads", &LayerCodes::num_kv_heads)
       .def_prop_ro("head_dim", &LayerCodes::head_dim)
       .def_prop_ro("bits", &LayerCodes::bits)
@@ -313,22 +324,28 @@ NB_MODULE(_core, m) {
       .def_static("load", [](const nb::bytes& data) { return LayerCodes::load(data.c_str(), data.size()); }, "data"_a);
 
   nb::class_<Budget>(m, "Budget")
-      .def("__init__", [](Budget* self, int k, float beta, float deviations, int min_keys, int max_keys) {
-        require(k >= 0 && beta > 0.0f && deviations >= 0.0f && min_keys >= 0 && max_keys >= 1, "budget out of range");
-        new (self) Budget{k, beta, deviations, min_keys, max_keys};
+      .def("__init__", [](Budget* self, int k, float beta, float deviations, int min_keys, int max_keys,
+                          float rest, int rest_keys) {
+        require(k >= 0 && beta > 0.0f && deviations >= 0.0f && min_keys >= 0 && max_keys >= 1 && rest >= 0.0f &&
+                    rest_keys >= 1,
+                "budget out of range");
+        new (self) Budget{k, beta, deviations, min_keys, max_keys, rest, rest_keys};
       }, "k"_a = Budget{}.k, "beta"_a = Budget{}.beta, "deviations"_a = Budget{}.deviations,
-         "min_keys"_a = Budget{}.min_keys, "max_keys"_a = Budget{}.max_keys)
+         "min_keys"_a = Budget{}.min_keys, "max_keys"_a = Budget{}.max_keys, "rest"_a = Budget{}.rest,
+         "rest_keys"_a = Budget{}.rest_keys)
       .def_ro("k", &Budget::k)
       .def_ro("beta", &Budget::beta)
       .def_ro("deviations", &Budget::deviations)
       .def_ro("min_keys", &Budget::min_keys)
-      .def_ro("max_keys", &Budget::max_keys);
+      .def_ro("max_keys", &Budget::max_keys)
+      .def_ro("rest", &Budget::rest)
+      .def_ro("rest_keys", &Budget::rest_keys);
 
   nb::class_<AttendStats>(m, "AttendStats")
       .def_ro("num_visible", &AttendStats::num_visible)
       .def_ro("num_scored", &AttendStats::num_scored)
       .def_ro("num_retrieved", &AttendStats::num_retrieved)
-      .def_ro("num_estimated", &AttendStats::num_estimated)
+      .def_ro("num_summed", &AttendStats::num_summed)
       .def_ro("bytes_read", &AttendStats::bytes_read);
 
   const auto set_range = [](BoundPart& bound, std::int64_t begin, std::int64_t end) {

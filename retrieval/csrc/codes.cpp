@@ -11,7 +11,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '1'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '3'};
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -23,18 +23,6 @@ std::uint64_t next_random(std::uint64_t& state) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
   return z ^ (z >> 31);
-}
-
-std::uint16_t bf16_nearest(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-std::uint16_t bf16_up(float nonnegative) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &nonnegative, 4);
-  return static_cast<std::uint16_t>((bits + 0xffffu) >> 16);
 }
 
 float dot(const float* a, const float* b, int n) {
@@ -98,13 +86,11 @@ AlignedBytes allocate_aligned(std::size_t bytes) {
 // Codes of a run of keys before they are interleaved.
 struct LayerCodes::Encoded {
   std::vector<std::uint8_t> codes;  // [count][head_dim]
-  std::vector<float> coarse, fine, error;
+  std::vector<float> factors;
 
   void resize(std::int64_t count, int head_dim) {
     codes.resize(static_cast<std::size_t>(count * head_dim));
-    coarse.resize(static_cast<std::size_t>(count));
-    fine.resize(static_cast<std::size_t>(count));
-    error.resize(static_cast<std::size_t>(count));
+    factors.resize(static_cast<std::size_t>(count));
   }
 };
 
@@ -129,8 +115,8 @@ std::int64_t LayerCodes::num_keys() const {
 
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
-  const std::int64_t chunk_bytes =
-      static_cast<std::int64_t>(sizeof(CodeChunk)) + std::int64_t{bits_} * kChunkGroups * plane_bytes(head_dim_);
+  const auto chunk_bytes =
+      static_cast<std::int64_t>(sizeof(CodeChunk) + plane_total() + (has_values_ ? sums_total() : 0));
   std::int64_t total = 0;
   for (const HeadCodes& head : heads_) {
     total += static_cast<std::int64_t>(head.chunks.size()) * chunk_bytes + std::int64_t{head_dim_} * 4;
@@ -153,27 +139,15 @@ bool LayerCodes::encode(const Rows& keys, const std::vector<float>& centroid, st
     const float norm = std::sqrt(norm_squared);
     const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits_]) : 0.0f;
     std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i) * dims;
-    float absolute = 0.0f, along = 0.0f, length = 0.0f;  // <sign, r>, <u, r>, <u, u>, in steps of u
+    float along = 0.0f;  // <u, r>
     for (std::size_t j = 0; j < dims; ++j) {
       // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
-      const float shifted = r[j] * inverse_step + 0.5f * static_cast<float>(levels);
-      const float clamped = shifted < 0.0f ? 0.0f : shifted > static_cast<float>(levels - 1) ? static_cast<float>(levels - 1) : shifted;
-      const auto level = static_cast<std::uint8_t>(clamped);
-      const float u = 2.0f * (static_cast<float>(level) - middle);
+      const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
+      const auto level = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
       code[j] = level;
-      absolute += std::fabs(r[j]);
-      along += u * r[j];
-      length += u * u;
+      along += 2.0f * (static_cast<float>(level) - middle) * r[j];
     }
-    const auto at = static_cast<std::size_t>(i);
-    if (!(along > 0.0f)) {
-      out.coarse[at] = out.fine[at] = out.error[at] = 0.0f;
-      continue;
-    }
-    const float cosine_squared = std::min(1.0f, along * along / (length * norm_squared));
-    out.coarse[at] = norm_squared / absolute;
-    out.fine[at] = norm_squared / along;
-    out.error[at] = norm * std::sqrt((1.0f / cosine_squared - 1.0f) / static_cast<float>(head_dim_ - 1));
+    out.factors[static_cast<std::size_t>(i)] = along > 0.0f ? norm_squared / along : 0.0f;
   }
   return true;
 }
@@ -185,7 +159,7 @@ void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_n
     const int slot = static_cast<int>(position % kChunkKeys);
     if (slot == 0) {
       head.chunks.push_back(std::make_unique<CodeChunk>());
-      head.chunks.back()->planes = allocate_aligned(static_cast<std::size_t>(bits_) * kChunkGroups * static_cast<std::size_t>(bytes));
+      head.chunks.back()->planes = allocate_aligned(plane_total());
     }
     CodeChunk& chunk = *head.chunks.back();
     const std::uint8_t* code = keys.codes.data() + static_cast<std::size_t>(i) * static_cast<std::size_t>(head_dim_);
@@ -200,26 +174,50 @@ void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_n
       }
     }
     const auto at = static_cast<std::size_t>(i);
-    if (keys.coarse[at] > chunk.coarse_unit) {
+    if (keys.factors[at] > chunk.unit) {
       // Rare once a chunk has seen its largest key: leave room, and restate what is there.
-      const float unit = std::max(keys.coarse[at] * 1.25f, 1e-30f);
-      const float ratio = chunk.coarse_unit / unit;
+      const float unit = keys.factors[at] * 1.25f;
+      const float ratio = chunk.unit / unit;
       for (int t = 0; t < slot; ++t) {
-        chunk.coarse[t] = static_cast<std::int16_t>(std::ceil(static_cast<float>(chunk.coarse[t]) * ratio));
+        chunk.factors[t] = static_cast<std::int16_t>(static_cast<float>(chunk.factors[t]) * ratio + 0.5f);
       }
-      chunk.coarse_unit = unit;
+      chunk.unit = unit;
     }
-    chunk.coarse[slot] = chunk.coarse_unit > 0.0f ? static_cast<std::int16_t>(std::min(
-                             32767.0f, std::ceil(keys.coarse[at] / chunk.coarse_unit * 32767.0f)))
-                                                  : std::int16_t{0};
-    chunk.fine[slot] = bf16_nearest(keys.fine[at]);
-    chunk.error[slot] = bf16_up(keys.error[at]);
+    const float factor = chunk.unit > 0.0f ? keys.factors[at] / chunk.unit * 32768.0f + 0.5f : 0.0f;
+    chunk.factors[slot] = static_cast<std::int16_t>(factor);
   }
 }
 
-void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool) {
+// Sums of the values of each group; the chunks are there.
+void LayerCodes::add_values(HeadCodes& head, const Rows& values, std::int64_t num_new) {
+  const std::vector<float> ones(kGroupKeys, 1.0f);
+  for (std::int64_t i = 0; i < num_new;) {
+    const std::int64_t position = num_keys_ + i;
+    CodeChunk& chunk = *head.chunks[static_cast<std::size_t>(position / kChunkKeys)];
+    const std::int64_t slot = position % kChunkKeys;
+    const std::int64_t count = std::min(num_new - i, kGroupKeys - slot % kGroupKeys);
+    if (!chunk.value_sums) chunk.value_sums = allocate_aligned(sums_total());
+    kernels().accumulate(ones.data(), 0, 1, values, nullptr, i, static_cast<int>(count),
+                         reinterpret_cast<float*>(chunk.value_sums.get()) + slot / kGroupKeys * head_dim_);
+    i += count;
+  }
+}
+
+std::size_t LayerCodes::plane_total() const {
+  return static_cast<std::size_t>(bits_) * kChunkGroups * static_cast<std::size_t>(plane_bytes(head_dim_));
+}
+
+std::size_t LayerCodes::sums_total() const {
+  return static_cast<std::size_t>(kChunkGroups) * static_cast<std::size_t>(head_dim_) * sizeof(float);
+}
+
+void LayerCodes::append(const std::vector<Rows>& heads, const std::vector<Rows>& values, std::int64_t num_new,
+                        ThreadPool& pool) {
   if (num_new == 0) return;
   const std::lock_guard<std::mutex> one_writer(append_mutex_);
+  if (num_keys_ > 0 && has_values_ == values.empty()) {
+    throw std::invalid_argument("values must come with all keys or with none");
+  }
   const auto num_heads = static_cast<std::size_t>(num_kv_heads_);
   std::vector<std::vector<float>> centroids(num_heads);
   std::vector<Encoded> encoded(num_heads);
@@ -248,7 +246,9 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
   for (std::size_t h = 0; h < num_heads; ++h) {
     heads_[h].centroid = centroids[h];
     splice(heads_[h], encoded[h], num_new);
+    if (!values.empty()) add_values(heads_[h], values[h], num_new);
   }
+  has_values_ = !values.empty();
   num_keys_ += num_new;
 }
 
@@ -256,17 +256,16 @@ std::string LayerCodes::save() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   std::string out(kMagic, sizeof(kMagic));
   const auto put = [&](const void* data, std::size_t size) { out.append(static_cast<const char*>(data), size); };
-  const std::int64_t header[5] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_};
+  const std::int64_t header[6] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_,
+                                  has_values_};
   put(header, sizeof(header));
-  const std::size_t plane_total = static_cast<std::size_t>(bits_) * kChunkGroups * static_cast<std::size_t>(plane_bytes(head_dim_));
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) put(head.centroid.data(), head.centroid.size() * sizeof(float));
     for (const auto& chunk : head.chunks) {
-      put(chunk->planes.get(), plane_total);
-      put(chunk->coarse, sizeof(chunk->coarse));
-      put(chunk->fine, sizeof(chunk->fine));
-      put(chunk->error, sizeof(chunk->error));
-      put(&chunk->coarse_unit, sizeof(float));
+      put(chunk->planes.get(), plane_total());
+      if (has_values_) put(chunk->value_sums.get(), sums_total());
+      put(chunk->factors, sizeof(chunk->factors));
+      put(&chunk->unit, sizeof(float));
     }
   }
   return out;
@@ -280,18 +279,18 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     at += bytes;
   };
   char magic[sizeof(kMagic)];
-  std::int64_t header[5];
+  std::int64_t header[6];
   take(magic, sizeof(magic));
   if (std::memcmp(magic, kMagic, sizeof(kMagic)) != 0) throw std::invalid_argument("not codes of this version");
   take(header, sizeof(header));
   if (header[0] < 1 || header[0] > 4096 || header[1] < 8 || header[1] > kMaxHeadDim || header[2] < 1 ||
-      header[2] > kMaxBits || header[4] < 0) {
+      header[2] > kMaxBits || header[4] < 0 || header[5] < 0 || header[5] > 1) {
     throw std::invalid_argument("damaged codes header");
   }
   auto codes = std::make_shared<LayerCodes>(static_cast<int>(header[0]), static_cast<int>(header[1]),
                                             static_cast<int>(header[2]), static_cast<std::uint64_t>(header[3]));
-  const std::size_t plane_total =
-      static_cast<std::size_t>(codes->bits_) * kChunkGroups * static_cast<std::size_t>(plane_bytes(codes->head_dim_));
+  codes->has_values_ = header[5] == 1;
+  const std::size_t plane_total = codes->plane_total(), sums_total = codes->sums_total();
   const std::int64_t num_chunks = (header[4] + kChunkKeys - 1) / kChunkKeys;
   for (HeadCodes& head : codes->heads_) {
     if (header[4] == 0) break;
@@ -302,10 +301,13 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
       auto chunk = std::make_unique<CodeChunk>();
       chunk->planes = allocate_aligned(plane_total);
       take(chunk->planes.get(), plane_total);
-      take(chunk->coarse, sizeof(chunk->coarse));
-      take(chunk->fine, sizeof(chunk->fine));
-      take(chunk->error, sizeof(chunk->error));
-      take(&chunk->coarse_unit, sizeof(float));
+      if (codes->has_values_) {
+        if (size - at < sums_total) throw std::invalid_argument("truncated codes");
+        chunk->value_sums = allocate_aligned(sums_total);
+        take(chunk->value_sums.get(), sums_total);
+      }
+      take(chunk->factors, sizeof(chunk->factors));
+      take(&chunk->unit, sizeof(float));
       head.chunks.push_back(std::move(chunk));
     }
   }
@@ -316,13 +318,12 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
 
 CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations) {
   const int dims = codes.head_dim();
-  const int tables = dims / 4;
-  const auto table_bytes = static_cast<std::size_t>(queries.num) * static_cast<std::size_t>(tables) * 16;
-  // Ratio of deviation to factor for a sign code: sqrt(1 - a^2), a = 0.8 give or take.
-  constexpr float kSignError = 0.66f;
+  const int num_tables = dims / 4;
+  const auto top_code = static_cast<float>((1 << codes.bits()) - 1);
+  // |u| sqrt((1 - a^2) / (d - 1)) is 0.60 to 0.65 on average for 1 to 4 bits, give or take 0.05.
+  constexpr float kMeanError = 0.63f, kLargeError = 0.7f;
   CodeQuery out;
-  out.coarse_tables.resize(table_bytes);
-  out.fine_tables.resize(table_bytes);
+  out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
   float offsets[kMaxGroup];
   float largest = 1.0f;
   for (int h = 0; h < queries.num; ++h) {
@@ -330,10 +331,9 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
     std::copy_n(queries.values + h * dims, dims, rotated);
     out.base[h] = dot(rotated, codes.head(head).centroid.data(), dims);
     codes.rotation().apply(rotated);
-    out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
-    // Sums over the subsets of four coordinates, shifted to begin at zero.
-    float range = 0.0f, absolute = 0.0f, total = 0.0f, lowest = 0.0f;
-    for (int s = 0; s < tables; ++s) {
+    const float norm = std::sqrt(dot(rotated, rotated, dims));
+    float range = 0.0f, total = 0.0f, lowest = 0.0f;
+    for (int s = 0; s < num_tables; ++s) {
       float piece = 0.0f;
       for (int j = 4 * s; j < 4 * s + 4; ++j) {
         piece += std::fabs(rotated[j]);
@@ -341,38 +341,37 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
         lowest += std::min(0.0f, rotated[j]);
       }
       range = std::max(range, piece);
-      absolute += piece;
     }
-    const float coarse = std::max(range / kCoarseLevels, 1e-30f), fine = std::max(range / kFineLevels, 1e-30f);
-    for (int s = 0; s < tables; ++s) {
+    // A table holds the sums over the subsets of four coordinates, shifted to begin at zero.
+    const float step = std::max(range / kTableLevels, 1e-30f);
+    for (int s = 0; s < num_tables; ++s) {
       const float* q = rotated + 4 * s;
+      std::uint8_t* table = out.tables.data() + static_cast<std::ptrdiff_t>(h * num_tables + s) * 16;
       float low = 0.0f;
       for (int j = 0; j < 4; ++j) low += std::min(0.0f, q[j]);
-      const auto at = (static_cast<std::size_t>(h) * static_cast<std::size_t>(tables) + static_cast<std::size_t>(s)) * 16;
       for (unsigned subset = 0; subset < 16; ++subset) {
         float sum = -low;
-        for (unsigned j = 0; j < 4; ++j) sum += subset >> j & 1u ? q[j] : 0.0f;
-        out.coarse_tables[at + subset] = static_cast<std::uint8_t>(sum / coarse + 0.5f);
-        out.fine_tables[at + subset] = static_cast<std::uint8_t>(sum / fine + 0.5f);
+        for (unsigned j = 0; j < 4; ++j) sum += (subset >> j & 1u) != 0 ? q[j] : 0.0f;
+        table[subset] = static_cast<std::uint8_t>(sum / step + 0.5f);
       }
     }
-    // <sign, q'> = 2 (lowest + coarse * sum) - total; rounding the tables adds its own deviation.
-    const float rounding = 2.0f * coarse * std::sqrt(static_cast<float>(tables) / 12.0f);
-    const float deviation = std::hypot(kSignError * out.norm[h], rounding);
-    out.coarse_step[h] = 2.0f * coarse;
-    offsets[h] = std::ceil((2.0f * lowest - total + deviations * deviation) / out.coarse_step[h]);
-    const float top = static_cast<float>(tables * kCoarseLevels);
-    largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + top)});
-    const int levels = 1 << codes.bits();
-    out.fine_step[h] = 2.0f * fine;
-    out.fine_offset[h] = static_cast<float>(levels - 1) * (2.0f * lowest - total);
+    // <u, q'> = 2 step * sum + least; rounding the tables adds a deviation of its own, plane by plane.
+    const float least = top_code * (2.0f * lowest - total);
+    const float planes = top_code * (top_code + 2.0f) / 3.0f;  // sum of 4^p
+    const float rounding = 2.0f * step * std::sqrt(static_cast<float>(num_tables) / 12.0f * planes);
+    out.deviation[h] = std::hypot(kMeanError * norm, rounding);
+    const float reach = deviations * std::hypot(kLargeError * norm, rounding);
+    out.slope[h] = 2.0f * step;
+    const float most = static_cast<float>(num_tables * kTableLevels) * top_code;
+    // A bound beyond 16 bits is cut; only deviations of hundreds lead there.
+    offsets[h] = std::clamp(std::ceil((least + reach) / out.slope[h]), -32767.0f, 32767.0f - most);
+    out.lift[h] = offsets[h] * out.slope[h] - least;
+    largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + most)});
   }
   while (out.shift < 14 && largest * static_cast<float>(2 << out.shift) <= 32767.0f) ++out.shift;
   for (int h = 0; h < queries.num; ++h) {
-    // A bound too high for the integers is no bound at all: cut, the key scores below anything that matters.
-    const float limit = 32767.0f - static_cast<float>(tables * kCoarseLevels);
-    out.offsets[h] = static_cast<std::int16_t>(std::clamp(offsets[h], -limit, limit));
-    out.coarse_step[h] /= static_cast<float>(1 << out.shift);
+    out.offsets[h] = static_cast<std::int16_t>(offsets[h]);
+    out.slope[h] /= static_cast<float>(1 << out.shift);
   }
   return out;
 }

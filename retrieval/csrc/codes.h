@@ -1,11 +1,12 @@
 // RaBitQ codes of the keys of one segment and layer, for all its KV heads.
 //
-// Each key k is centred, rotated and kept as a few bits per dimension plus three small factors
-// (RaBitQ, arXiv 2405.12497, section 3; more bits per dimension: arXiv 2409.09913). With u the centred
+// Each key k is centred, rotated and kept as a few bits per dimension and one factor (RaBitQ, arXiv 2405.12497, section 3; more bits per dimension: arXiv 2409.09913). With u the centred
 // code, r = R(k - c) and q' = R q, the inner product is estimated by <q, c> + f <u, q'>, f = |r|^2 / <u, r>,
-// which is unbiased over rotations R; its standard deviation is at most e |q|,
-// e = |r| sqrt(1 / a^2 - 1) / sqrt(d - 1), a = cos(u, r). Deviation from the papers: the grid of the
-// finer bits is set by the key's deviation instead of searched for, and the rotation is a Hadamard one.
+// which is unbiased over rotations R. Its standard deviation is at most f |q| |u| sqrt((1 - a^2) / (d - 1)),
+// a = cos(u, r); the part behind f |q| is near 0.65 for every key and number of bits, so it needs no storing.
+// Deviations from the papers: the grid of the finer bits is set by the key's deviation instead of searched
+// for; the rotation is a Hadamard one; all bits are scanned at once, since estimating by the sign bit first and
+// by all bits where that does not decide costs more whenever more than one key in a hundred is undecided.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,6 @@ namespace retrieval {
 inline constexpr int kChunkGroups = 32;
 inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
 inline constexpr int kMaxBits = 4;
-inline constexpr int kFineLevels = 127;    // largest entry of an estimate table
-inline constexpr int kCoarseLevels = 15;   // largest entry of a scan table
 
 // A random orthogonal map: sign flips and Hadamard transforms over the first and the last power of two.
 class Rotation {
@@ -45,13 +44,12 @@ struct AlignedFree {
 using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
 AlignedBytes allocate_aligned(std::size_t bytes);  // zeroed, 64-byte aligned
 
-// 2048 keys of one head. Planes: [bits][kChunkGroups][plane_bytes].
+// 2048 keys of one head.
 struct CodeChunk {
-  AlignedBytes planes;
-  alignas(64) std::int16_t coarse[kChunkKeys] = {};  // factor of the sign plane, in units of coarse_unit / 2^15
-  alignas(64) std::uint16_t fine[kChunkKeys] = {};   // factor of all planes, bf16
-  alignas(64) std::uint16_t error[kChunkKeys] = {};  // deviation of the estimate per unit of |q|, bf16, rounded up
-  float coarse_unit = 0.0f;                          // at least every coarse factor in here
+  AlignedBytes planes;      // [bits][kChunkGroups][plane_bytes]
+  AlignedBytes value_sums;  // float [kChunkGroups][head_dim], sums of the values of 64 keys; null without values
+  alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
+  float unit = 0.0f;                                  // above every f in here
 };
 
 // Codes of one head; read under LayerCodes' lock.
@@ -72,9 +70,11 @@ class LayerCodes {
   std::int64_t num_keys() const;
   std::int64_t nbytes() const;
 
-  // Append num_new keys per head: head h's begin at heads[h]. Throws std::invalid_argument, and adds
-  // nothing, if one is not finite. Searches may run meanwhile; they see all of the new keys or none.
-  void append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool);
+  // Append num_new keys per head: head h's begin at keys[h], their values at values[h] or, with none, nowhere.
+  // Values are needed to account for keys that are not retrieved, and must come with all keys or with none.
+  // Throws std::invalid_argument, and adds nothing, if that is not so or a key is not finite. Searches may run
+  // meanwhile; they see all of the new keys or none.
+  void append(const std::vector<Rows>& keys, const std::vector<Rows>& values, std::int64_t num_new, ThreadPool& pool);
 
   std::string save() const;
   // Throws std::invalid_argument on bytes that save did not write.
@@ -84,6 +84,7 @@ class LayerCodes {
   std::shared_mutex& mutex() const { return mutex_; }
   const HeadCodes& head(int h) const { return heads_[static_cast<std::size_t>(h)]; }
   std::int64_t num_keys_locked() const { return num_keys_; }
+  bool has_values_locked() const { return has_values_; }
   const Rotation& rotation() const { return rotation_; }
 
  private:
@@ -92,26 +93,29 @@ class LayerCodes {
   bool encode(const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
+  void add_values(HeadCodes& head, const Rows& values, std::int64_t num_new);
+  std::size_t plane_total() const;
+  std::size_t sums_total() const;
 
   int num_kv_heads_, head_dim_, bits_;
   std::uint64_t seed_;
   Rotation rotation_;
   std::int64_t num_keys_ = 0;
+  bool has_values_ = false;
   std::vector<HeadCodes> heads_;
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;
 };
 
-// A group's queries against the codes of one head: what scan and estimate need.
+// A group's queries against the codes of one head: what scan and split need.
 struct CodeQuery {
-  std::vector<std::uint8_t> coarse_tables, fine_tables;  // [num][head_dim / 4][16]
+  std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
   std::int16_t offsets[kMaxGroup] = {};
   int shift = 0;
-  float base[kMaxGroup] = {};         // <q, centroid>
-  float norm[kMaxGroup] = {};         // |q|
-  float coarse_step[kMaxGroup] = {};  // bound = base + coarse_step * coarse_unit * integer bound
-  float fine_step[kMaxGroup] = {};    // <u, q'> = fine_step * table sum + fine_offset
-  float fine_offset[kMaxGroup] = {};
+  float base[kMaxGroup] = {};       // <q, centroid>
+  float slope[kMaxGroup] = {};      // bound = base + slope * unit * integer bound
+  float lift[kMaxGroup] = {};       // what was added to <u, q'> to make an estimate a bound
+  float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
 };
 
 // deviations: how many standard deviations above its estimate a key may score and still be found.

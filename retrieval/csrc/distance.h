@@ -32,9 +32,17 @@ struct Rows {
   int head_dim;
 };
 
+inline constexpr int kTableLevels = 31;  // largest entry of a look-up table: eight of them fit a byte
+
 // Code bits of 64 consecutive keys: byte i of piece s holds the bits of key i for dimensions 8s..8s+3
 // (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces.
 inline constexpr int plane_bytes(int head_dim) { return head_dim / 8 * kGroupKeys; }
+
+// How a bound becomes an estimate again: score = base + slope * bound - lift * factor, and its weight
+// exp(scale * (score - correction * factor^2 - best)), the correction being for the estimate's own spread.
+struct Estimate {
+  float base, slope, lift, correction, scale, best;
+};
 
 struct Kernels {
   const char* name;
@@ -53,18 +61,20 @@ struct Kernels {
   // values[i] = exp(scale * (values[i] - top)), or 0 where values[i] < floor; returns the sum.
   float (*exponentiate)(float* values, int n, float scale, float top, float floor);
 
-  // For each query h and each of num_groups * 64 keys: bounds[h * stride + i] =
-  // ((table sum + offsets[h]) << shift) * factors[i] rounded down to 15 fractional bits.
-  // tables: [num][head_dim / 4][16] with entries <= 15; plane: sign planes of consecutive groups, one
-  // every group_bytes; factors: [num_groups * 64]; tops[h * num_blocks + b]: largest bound of 8 groups.
+  // For each query h and each of num_groups * 64 keys, with sum = sum over planes p (most significant first)
+  // of 2^(num_planes - 1 - p) * table sum: bounds[h * stride + i] = ((sum + offsets[h]) << shift) * factors[i],
+  // rounded to the upper 16 of 31 bits. tables: [num][head_dim / 4][16], entries <= kTableLevels; planes of
+  // consecutive groups one after the other, plane after plane every plane_stride bytes; factors:
+  // [num_groups * 64]; tops[h * tops_stride + b]: the largest bound of 8 groups.
   void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int head_dim, int shift,
-               const std::uint8_t* plane, int num_groups, std::int64_t group_bytes, const std::int16_t* factors,
-               std::int16_t* bounds, std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
+               const std::uint8_t* planes, int num_planes, std::int64_t plane_stride, int num_groups,
+               const std::int16_t* factors, std::int16_t* bounds, std::int64_t stride, std::int16_t* tops,
+               std::int64_t tops_stride);
 
-  // sums[i] = sum over planes p (most significant first) of 2^(num_planes-1-p) * table sum, for the 64
-  // keys of one group and one query. tables: [head_dim / 4][16]; planes every plane_stride bytes.
-  void (*estimate)(const std::uint8_t* tables, int head_dim, const std::uint8_t* planes, int num_planes,
-                   std::int64_t plane_stride, float* sums);
+  // Of 64 keys, those in `visible` whose estimate is at least floor; the weights of the others in `visible`
+  // are added to *rest.
+  std::uint64_t (*split)(const std::int16_t* bounds, const std::int16_t* factors, const Estimate& terms, float floor,
+                         std::uint64_t visible, float* rest);
 
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);

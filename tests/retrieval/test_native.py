@@ -76,10 +76,11 @@ def twin(queries: Tensor, parts: list[list[ExactPart]]) -> tuple[Tensor, Tensor]
     return out, lse
 
 
-def code(keys: Tensor, bits: int = 2, chunk: int = 1000) -> Any:
+def code(keys: Tensor, bits: int = 2, chunk: int = 1000, values: Tensor | None = None) -> Any:
     codes = _core.LayerCodes(keys.shape[0], keys.shape[2], bits)
     for start in range(0, keys.shape[1], chunk):
-        codes.append(keys[:, start : start + chunk])
+        some = slice(start, start + chunk)
+        codes.append(keys[:, some], None if values is None else values[:, some])
     return codes
 
 
@@ -246,6 +247,24 @@ def test_a_fixed_k_takes_the_k_best(k: int) -> None:
     assert stats.num_retrieved == k
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_head_that_looks_widely_has_the_rest_summed(level: str, head_dim: int) -> None:
+    keys, queries = normal(2, 20_000, head_dim, seed=1), normal(1, 4, head_dim, seed=2) * 0.5
+    topics = normal(2, 20, head_dim, seed=4).repeat_interleave(1000, dim=1)  # values drift, as those of a text do
+    values = topics + 0.3 * normal(2, 20_000, head_dim, seed=3)
+    with_rest, without = code(keys, values=values), code(keys)
+    assert with_rest.nbytes > without.nbytes
+    expected = twin(queries, [[ExactPart(keys, values, 100, 19_950)]])
+    out, lse, stats = attend(queries, [[_core.Part(keys, values, 100, 19_950, with_rest)]])
+    error = (out - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
+    assert error.max() < 0.05
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=0.05)
+    assert stats.num_summed > 0.9 * stats.num_visible
+    assert stats.num_summed + stats.num_retrieved == stats.num_visible
+    assert attend(queries, [[_core.Part(keys, values, 100, 19_950, with_rest)]], rest=0.0)[2].num_summed == 0
+    assert attend(queries, [[_core.Part(keys, values, 100, 19_950, without)]])[2].num_summed == 0
+
+
 def test_max_keys_is_not_exceeded() -> None:
     keys, values, queries = normal(1, 8000, 64, seed=1), normal(1, 8000, 64, seed=2), normal(1, 1, 64, seed=3)
     _, _, stats = attend(queries, [[_core.Part(keys, values, 0, 8000, code(keys))]], max_keys=300, beta=50.0)
@@ -262,14 +281,15 @@ def test_search_of_a_part_without_codes_is_exact(level: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_saved_codes_answer_as_before(bits: int) -> None:
+@pytest.mark.parametrize("has_values", [False, True])
+def test_saved_codes_answer_as_before(bits: int, has_values: bool) -> None:
     queries, keys, values = gapped(5000)
-    codes = code(keys, bits)
+    codes = code(keys, bits, values=values if has_values else None)
     loaded = _core.LayerCodes.load(codes.save())
     assert (loaded.num_keys, loaded.bits, loaded.nbytes) == (5000, bits, codes.nbytes)
     first, second = (attend(queries, [[_core.Part(keys, values, 0, 5000, c)]])[0] for c in (codes, loaded))
     assert torch.equal(first, second)
-    loaded.append(keys[:, :100])
+    loaded.append(keys[:, :100], values[:, :100] if has_values else None)
     assert loaded.num_keys == 5100
 
 
@@ -280,9 +300,19 @@ def test_damaged_codes_are_refused() -> None:
             _core.LayerCodes.load(damaged)
 
 
+def test_values_come_with_all_keys_or_with_none() -> None:
+    keys = normal(2, 100, 64, seed=1)
+    for first, second in ((keys, None), (None, keys)):
+        codes = _core.LayerCodes(2, 64)
+        codes.append(keys, first)
+        with pytest.raises(ValueError, match="all keys or with none"):
+            codes.append(keys, second)
+        assert codes.num_keys == 100
+
+
 def test_index_bytes_stay_below_thirty_percent() -> None:
     keys = normal(2, 8192, 64, seed=1, dtype=torch.bfloat16)
-    assert code(keys).nbytes <= 0.3 * 2 * keys.numel() * keys.element_size()
+    assert code(keys, values=keys).nbytes <= 0.3 * 2 * keys.numel() * keys.element_size()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
