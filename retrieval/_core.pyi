@@ -42,6 +42,47 @@ class LayerCodes:
     @staticmethod
     def load(data: bytes) -> LayerCodes: ...
 
+class Graph:
+    """The attention-aware graph over the keys of one head. Searches may run at once, but not beside build or insert."""
+
+    def __init__(
+        self,
+        degree: int = 32,
+        num_pivots: int = 8,
+        extra_degree: int = 8,
+        link_width: int = 32,
+        num_entries: int = 8,
+    ) -> None: ...
+    def build(self, keys: Tensor, queries: Tensor, lists: Tensor) -> None:
+        """keys `[num_keys, head_dim]` bf16, fp16 or fp32; queries float32 `[num_lists, head_dim]`; lists int32
+        `[num_lists, list_size]`: the best keys of each query, best first, -1 where there are none."""
+
+    def insert(self, keys: Tensor) -> None:
+        """Link the keys behind those held; `keys` holds all of them."""
+
+    def search(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        width: int,
+        limit: int,
+        positions: Tensor,
+        scores: Tensor,
+        hints: list[list[int]] = ...,
+    ) -> int:
+        """Best-first search with `width` keys in view; fills positions int64 and scores float32 `[num_queries, k]` as
+        `search` does, positions below `limit` only. hints: per query, positions to begin with besides the entry
+        points (the last step's hits). Returns the number of exact inner products."""
+
+    @property
+    def num_keys(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def save(self) -> tuple[bytes, bytes, bytes, bytes]: ...
+    def restore(
+        self, edges: bytes, entry_queries: bytes, entries: bytes, centre: bytes, num_keys: int, head_dim: int
+    ) -> None: ...
+
 class Budget:
     """How much of the searched parts is looked at, per query head."""
 

@@ -1,0 +1,73 @@
+"""What `roar` promises beyond the contract: it follows the queries it was built from, hints, and few keys scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrieval.index import build
+
+_core = pytest.importorskip("retrieval._core", reason="needs the C++ core")
+
+NUM_KEYS, HEAD_DIM = 20_000, 64
+
+
+def keys_and_queries(num_queries: int) -> tuple[Tensor, Tensor]:
+    """Keys round 50 centres; queries far from all keys, each between a few centres, as attention's are."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(50, HEAD_DIM, generator=generator)
+    which = torch.randint(0, 50, (NUM_KEYS,), generator=generator)
+    keys = centres[which] * 1.5 + torch.randn(NUM_KEYS, HEAD_DIM, generator=generator) * 0.7
+    mixed = torch.rand(num_queries, 50, generator=generator).pow(8) @ centres
+    queries = mixed + torch.randn(num_queries, HEAD_DIM, generator=generator) * 0.3 + 2.0
+    return keys.bfloat16(), queries.bfloat16()
+
+
+def recall(found: Tensor, expected: Tensor) -> float:
+    return float((expected[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
+
+
+def test_queries_like_those_of_the_build_find_what_flat_finds() -> None:
+    keys, queries = keys_and_queries(2100)
+    index = build("roar", keys, queries[100:])
+    found, _ = index.search(queries[:100], 100)
+    expected, _ = build("flat", keys, queries[:0]).search(queries[:100], 100)
+    assert recall(found, expected) >= 0.95
+    assert index.count_scored(1, 100, NUM_KEYS) < 0.25 * NUM_KEYS
+
+
+def test_the_graph_is_the_same_for_any_number_of_threads() -> None:
+    keys, queries = keys_and_queries(600)
+    before, states = _core.num_threads(), []
+    for count in (1, 3):
+        _core.set_num_threads(count)
+        index: Any = build("roar", keys[:5000], queries)
+        states.append(index._structure.save())
+    _core.set_num_threads(before)
+    assert states[0] == states[1]
+
+
+def test_hints_are_where_a_search_may_begin() -> None:
+    keys, queries = keys_and_queries(10)
+    graph = _core.Graph(num_entries=1)
+    graph.build(keys, queries[:1].float(), torch.zeros(1, 1, dtype=torch.int32))
+    expected = torch.topk(queries.float() @ keys.float().T, 1).indices
+    positions, scores = torch.empty(10, 1, dtype=torch.int64), torch.empty(10, 1)
+    graph.search(keys, queries.float(), 1, NUM_KEYS, positions, scores, expected.tolist())
+    assert torch.equal(positions, expected)
+
+
+def test_impossible_graphs_and_options_are_refused() -> None:
+    keys, queries = keys_and_queries(4)
+    graph = _core.Graph()
+    with pytest.raises(ValueError, match="positions"):
+        graph.build(keys, queries.float(), torch.full((4, 2), NUM_KEYS, dtype=torch.int32))
+    with pytest.raises(ValueError, match="not a graph"):
+        graph.restore(b"\0" * 12, b"", b"", b"", 5, HEAD_DIM)
+    with pytest.raises(ValueError, match="out of range"):
+        _core.Graph(degree=0)
+    with pytest.raises(TypeError):
+        build("roar", keys, queries, edges=3)
