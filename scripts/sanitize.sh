@@ -29,5 +29,6 @@ library = next(Path(sys.argv[1]).glob("_core*.so"))
 spec = importlib.util.spec_from_file_location("retrieval._core", library)
 sys.modules["retrieval._core"] = retrieval._core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(retrieval._core)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+# fd-level capture would swallow the report that ends the process
+sys.exit(pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *sys.argv[2:]]))
 PYTHON
