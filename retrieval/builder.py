@@ -97,7 +97,7 @@ class IndexBuilder:
         for layer_idx in range(segment.kv.geometry.num_layers):
             if self._closed.is_set():
                 return None
-            layers.append(self._codes.encode(segment.kv.read_keys(layer_idx, 0, segment.num_tokens)))
+            layers.append(self._codes.encode(segment.kv, layer_idx, segment.num_tokens))
         return self._codes.index(self._begin(segment), layers, segment.kv)
 
     def _build_heads(self, segment: Segment, sample: QuerySample) -> SegmentIndex | None:

@@ -61,10 +61,10 @@ class CodesMaker:
     bits: int = 2
     seed: int = 0
 
-    def encode(self, keys: Tensor) -> Any:
-        """`_core.LayerCodes` of keys `[num_kv_heads, num_keys, head_dim]`."""
-        codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits, self.seed)
-        codes.append(keys)
+    def encode(self, kv: KvBuffer, layer_idx: int, end: int) -> Any:
+        """`_core.LayerCodes` of one layer's keys before `end`, and of the sums of their values."""
+        codes = self.core.LayerCodes(kv.geometry.num_kv_heads, kv.geometry.head_dim, self.bits, self.seed)
+        codes.append(kv.read_keys(layer_idx, 0, end), kv.read_values(layer_idx, 0, end))
         return codes
 
     def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
@@ -84,9 +84,10 @@ class OnlineCodes:
         """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already."""
         started, codes = time.perf_counter(), self._layers[layer_idx]
         if codes is None:
-            self._layers[layer_idx] = self._maker.encode(kv.read_keys(layer_idx, 0, end))
+            self._layers[layer_idx] = self._maker.encode(kv, layer_idx, end)
         elif codes.num_keys < end:
-            codes.append(kv.read_keys(layer_idx, codes.num_keys, end))
+            begin = codes.num_keys
+            codes.append(kv.read_keys(layer_idx, begin, end), kv.read_values(layer_idx, begin, end))
         self.seconds += time.perf_counter() - started
 
     def finish(self, begin: int, kv: KvBuffer) -> CodesIndex | None:
@@ -120,7 +121,9 @@ class CodesIndex(SegmentIndex):
     def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
         """See `SegmentIndex.search`; the head's codes are made again, as a layer's are for all heads at once."""
         keys = self.kv.read_keys(layer_idx, self.begin, end)[kv_head : kv_head + 1]
+        codes = self.maker.core.LayerCodes(1, keys.shape[2], self.maker.bits, self.maker.seed)
+        codes.append(keys)
         positions, scores = torch.full((1, k), -1, dtype=torch.int64), torch.empty(1, k)
-        part = self.maker.core.Part(keys, keys, 0, end - self.begin, self.maker.encode(keys))
+        part = self.maker.core.Part(keys, keys, 0, end - self.begin, codes)
         self.maker.core.search(query[None].contiguous(), part, k, positions, scores, self.maker.budget)
         return positions[0][positions[0] >= 0] + self.begin
