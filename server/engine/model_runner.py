@@ -27,6 +27,7 @@ from server.engine.fused_model import fuse
 
 logger = logging.getLogger(__name__)
 
+SMALL_STEP = 64_000_000  # tokens times parameters: about 10 ms of one core's products
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -72,6 +73,8 @@ class ModelRunner:
         )
         adapter.check_model(model, self.geometry)
         self._model = model.eval()
+        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self._num_threads = torch.get_num_threads()
         self._fused = None if config.enforce_eager else fuse(self._model, self.geometry)
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
         self.max_position = int(getattr(self.hf_config.get_text_config(decoder=True), "max_position_embeddings", 0))
@@ -91,6 +94,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
         """One packed forward pass, decodes first; commits every context when it has succeeded."""
+        self._set_threads(sum(len(item.tokens) for item in work))
         decodes: list[Span] = []
         prefills: list[Span] = []
         row = 0
@@ -107,6 +111,14 @@ class ModelRunner:
             item.context.tail.commit(len(item.tokens))
         stats = step.stats
         return StepResult(logits, step.decode_seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
+
+    def _set_threads(self, num_tokens: int) -> None:
+        """One thread for a small step of a small model: its products take less than waking a second thread, which
+        on a busy machine may even wait for a time slice. The C++ core has threads of its own."""
+        is_small = self.device.type == "cpu" and num_tokens * self._num_parameters <= SMALL_STEP
+        wanted = 1 if is_small else self._num_threads
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
     def _sampled_layer(self, num_decodes: int) -> int | None:
         """A random layer to check exactly, every `live_recall_interval` steps that decode."""
