@@ -11,7 +11,6 @@ import struct
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from retrieval import _core
