@@ -1,39 +1,21 @@
-"""Where the C++ core enters: loaded on first use, missed once in the log and counted.
+"""Where the C++ core enters: loaded on first use, missed once in the log.
 
-Owns nothing but the answer to "is the core there". Any thread may call.
+Any thread may call. Who wants to count a missing core does so where it is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class CoreUse:
-    """How often the core was asked for and missing; exported as a metric."""
-
-    num_missed: int = 0
-
-
-core_use = CoreUse()  # one process has one core
-
-
+@cache
 def core() -> ModuleType | None:
     """`retrieval._core`, or None where it was not built; the caller then takes its torch path."""
-    module = _load()
-    if module is None:
-        core_use.num_missed += 1
-    return module
-
-
-@cache
-def _load() -> ModuleType | None:
     try:
         return importlib.import_module("retrieval._core")
     except ImportError as error:
