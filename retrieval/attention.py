@@ -6,7 +6,7 @@ All the rest of a model is token-wise, so this is the only place where sequences
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,17 +27,42 @@ class Span:
     num_tokens: int
 
 
+@dataclass(slots=True)
+class DecodeReport:
+    """What decoding cost in one pass; filled by the attention function, over all layers."""
+
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    seconds: float = 0.0
+    keep_queries_of: int | None = None  # layer whose queries are kept, set by the runner
+    kept_queries: Tensor | None = None  # [num_decodes, num_q_heads, head_dim]
+
+
 class Step:
     """What the attention function needs for one forward pass: decode spans first, one token each."""
 
-    def __init__(self, decodes: list[Span], prefills: list[Span], method: AttentionMethod, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        decodes: list[Span],
+        prefills: list[Span],
+        method: AttentionMethod,
+        decoder: Decoder,
+        report: DecodeReport | None = None,
+    ) -> None:
         self.decodes, self.prefills = decodes, prefills
         self.method, self.decoder = method, decoder
-        self.stats = DecodeStats()  # filled by the attention function
-        self.decode_seconds = 0.0  # summed over layers, filled by the attention function
-        self.keep_queries_of: int | None = None  # layer whose decode queries are kept, set by the runner
-        self.kept_queries: Tensor | None = None  # [num_decodes, num_q_heads, head_dim]
+        self.report = report or DecodeReport()
         self._rows: dict[int | None, list[DecodeRow]] = {}
+
+    def split(self) -> list[tuple[Step, slice]]:
+        """The decodes together and each prefill alone, with the rows of this step that they take; one report."""
+        parts: list[tuple[Step, slice]] = []
+        if self.decodes:
+            together = Step(self.decodes, [], self.method, self.decoder, self.report)
+            parts.append((together, slice(0, len(self.decodes))))
+        for span in self.prefills:
+            alone = Step([], [Span(span.context, 0, span.num_tokens)], self.method, self.decoder, self.report)
+            parts.append((alone, slice(span.row, span.row + span.num_tokens)))
+        return parts
 
     def rows(self, sliding_window: int | None) -> list[DecodeRow]:
         """What each decode token sees; the same in all layers of one window, so chosen once a step."""
@@ -83,8 +108,9 @@ def attend_packed(
 def _decode(queries: Tensor, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:
     """queries `[num_decodes, num_q_heads, head_dim]`; float32 output of the same shape."""
     started = time.perf_counter()
-    if step.keep_queries_of == layer_idx:
-        step.kept_queries = queries
-    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, step.stats)
-    step.decode_seconds += time.perf_counter() - started
+    report = step.report
+    if report.keep_queries_of == layer_idx:
+        report.kept_queries = queries
+    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, report.stats)
+    report.seconds += time.perf_counter() - started
     return out

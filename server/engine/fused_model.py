@@ -22,7 +22,6 @@ from retrieval.geometry import Geometry
 
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-MAX_WIDE_ROWS = 16  # tokens of a step up to which float32 is the faster way
 MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
 ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
@@ -86,8 +85,22 @@ class FusedModel:
         self._wide = self._weights.widened() if _pays_to_widen(model) else None
 
     def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
-        """tokens and positions int64 `[num_tokens]`, wanted int64 rows; logits `[num_wanted, vocab_size]`."""
-        weights = self._wide if self._wide is not None and len(tokens) <= MAX_WIDE_ROWS else self._weights
+        """tokens and positions int64 `[num_tokens]`, wanted int64 rows; logits float32 `[num_wanted, vocab_size]`.
+
+        Where there are wide weights, decode rows go through them together and each prefill through the others by
+        itself: products round differently in other shapes, and what a sequence computes should not depend on what
+        else is in the batch.
+        """
+        if self._wide is None:
+            return self._run(self._weights, tokens, positions, wanted, step).float()
+        logits = []
+        for part, rows in step.split():
+            inside = wanted[(wanted >= rows.start) & (wanted < rows.stop)] - rows.start
+            weights = self._wide if part.decodes else self._weights
+            logits.append(self._run(weights, tokens[rows], positions[rows], inside, part).float())
+        return torch.cat(logits)
+
+    def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
         hidden = functional.embedding(tokens, weights.embedding)
         cos, sin = self._rotary(hidden[None], position_ids=positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]  # [num_tokens, 1, head_dim]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from retrieval import adapter
 from retrieval.adapter import read_geometry
-from retrieval.attention import Span, Step
+from retrieval.attention import DecodeReport, Span, Step
 from retrieval.context import Context
 from retrieval.decode import Decoder
 from retrieval.methods import AttentionMethod
@@ -102,15 +102,15 @@ class ModelRunner:
             item.context.tail.reserve(len(item.tokens))
             (decodes if item.is_decode else prefills).append(Span(item.context, row, len(item.tokens)))
             row += len(item.tokens)
-        step = Step(decodes, prefills, self._method, self._decoder)
-        step.keep_queries_of = self._sampled_layer(len(decodes))
+        report = DecodeReport(keep_queries_of=self._sampled_layer(len(decodes)))
+        step = Step(decodes, prefills, self._method, self._decoder, report)
         ends = [span.row + span.num_tokens - 1 for span in (*decodes, *prefills)]
         logits = self._forward(work, [end for end, item in zip(ends, work, strict=True) if item.wants_logits], step)
         self._probe_queries(step)
         for item in work:
             item.context.tail.commit(len(item.tokens))
-        stats = step.stats
-        return StepResult(logits, step.decode_seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
+        stats = report.stats
+        return StepResult(logits, report.seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
 
     def _set_threads(self, num_tokens: int) -> None:
         """One thread for a small step of a small model: its products take less than waking a second thread, which
@@ -130,15 +130,15 @@ class ModelRunner:
 
     def _probe_queries(self, step: Step) -> None:
         """Hand one random head's query of one indexed run to the live probe."""
-        if step.kept_queries is None or step.keep_queries_of is None or self.probe is None:
+        layer_idx, queries = step.report.keep_queries_of, step.report.kept_queries
+        if queries is None or layer_idx is None or self.probe is None:
             return
-        rows = step.rows(self.geometry.sliding_windows[step.keep_queries_of])
+        rows = step.rows(self.geometry.sliding_windows[layer_idx])
         indexed = [(i, run) for i, row in enumerate(rows) for run in row.runs if run.indexed is not None]
         if indexed:
             i, run = self._random.choice(indexed)
             head = self._random.randrange(self.geometry.num_q_heads)
-            query = step.kept_queries[i, head]
-            self.probe.submit(query, run, step.keep_queries_of, head // self.geometry.group_size)
+            self.probe.submit(queries[i, head], run, layer_idx, head // self.geometry.group_size)
 
     def _forward(self, work: list[Work], wanted: list[int], step: Step) -> Tensor:
         tokens = torch.tensor([t for item in work for t in item.tokens], device=self.device)
@@ -147,7 +147,7 @@ class ModelRunner:
         ).to(self.device)
         rows = torch.tensor(wanted, device=self.device, dtype=torch.int64)
         if self._fused is not None:
-            return self._fused.forward(tokens, positions, rows, step).float().cpu()
+            return self._fused.forward(tokens, positions, rows, step).cpu()
         output = self._model(
             input_ids=tokens[None],
             position_ids=positions[None],

@@ -111,12 +111,16 @@ def penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Ten
 
 
 def _draw(logits: Tensor, params: SamplingParams, state: SamplerState) -> int:
-    """Inverse transform over the distribution; sorted only where a filter needs the order."""
-    probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
-    if params.min_p == 0.0 and params.top_k <= 0 and params.top_p >= 1.0:
-        return _pick(probabilities, state)
-    ordered, order = torch.sort(probabilities, descending=True, stable=True)
-    return int(order[_pick(torch.where(_kept(ordered, params), ordered, 0.0), state)])
+    """A draw by the Gumbel-max trick: the largest of logit / temperature plus noise per token.
+
+    Against inverting the cumulative distribution: a rounding error in the logits moves no boundary of other tokens.
+    """
+    scaled = (logits - logits.max()) / params.temperature
+    if params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0:
+        ordered, order = torch.sort(torch.softmax(scaled, dim=-1), descending=True, stable=True)
+        scaled[order[~_kept(ordered, params)]] = float("-inf")
+    noise = torch.empty_like(scaled).exponential_(generator=state.generator).clamp_min(torch.finfo(scaled.dtype).tiny)
+    return int((scaled - noise.log()).argmax())
 
 
 def _kept(ordered: Tensor, params: SamplingParams) -> Tensor:
@@ -130,14 +134,6 @@ def _kept(ordered: Tensor, params: SamplingParams) -> Tensor:
         keep &= before < params.top_p * kept.sum()
     keep[0] = True
     return keep
-
-
-def _pick(weights: Tensor, state: SamplerState) -> int:
-    """An index drawn in proportion to its weight; one of weight 0 is never drawn."""
-    cumulative = weights.double().cumsum(0)
-    point = torch.rand((), generator=state.generator, dtype=torch.float64) * cumulative[-1]
-    rank = int(torch.searchsorted(cumulative, point, right=True))
-    return min(rank, int(weights.nonzero()[-1]))
 
 
 def _with_logprobs(token_id: int, logits: Tensor, num_logprobs: int | None) -> Sampled:

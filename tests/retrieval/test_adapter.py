@@ -116,7 +116,7 @@ def test_a_packed_row_equals_one_sequence_at_a_time(world: Any, name: str) -> No
     q, k, v = world.randn(4, 17, 16), world.randn(2, 17, 16), world.randn(2, 17, 16)
     (packed, weights), step = forward(world, contexts(), rows, q, k, v, name)
     assert (packed.shape, weights) == ((1, 17, 4, 16), None)
-    assert step.decode_seconds > 0
+    assert step.report.seconds > 0
     alone = []
     for i, context in enumerate(contexts()):
         part = slice(sum(rows[:i]), sum(rows[: i + 1]))
