@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,9 +35,19 @@ def serve(settings: Settings) -> int:
     """Loads the model, then listens until SIGTERM, SIGINT or the engine's death."""
     level = "DEBUG" if settings.uvicorn_log_level == "trace" else settings.uvicorn_log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    limit_kernel_caches()
     from server.run import run  # torch and transformers take seconds to import, which --help need not wait for
 
     return run(settings)
+
+
+def limit_kernel_caches(num_shapes: int = 32) -> None:
+    """Bound what torch's CPU backend keeps of compiled products: half a megabyte for every number of rows ever seen.
+
+    Both of its caches hold 1024 by default, and are sized once, when torch first computes.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(num_shapes))
 
 
 if __name__ == "__main__":
