@@ -30,9 +30,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One question per file; each prints its own baseline and ends with one JSON line.
+# One question per file; each prints its own baseline and ends with one JSON line. `make bench BENCH=decode ARGS=…`
+# runs one; load needs a running server, and capture only records what index can read.
+BENCH ?= prefill decode index
 bench: $(STAMP)
-	@set -e; for file in scripts/bench/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	@set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python scripts/bench/$$name.py $(ARGS); done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'

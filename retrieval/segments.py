@@ -1,8 +1,8 @@
 """Segments: immutable, content-addressed runs of a context's K and V, shared by reference count.
 
 Owns which segments exist, who refers to them and how a prompt finds its longest cached prefix. Knows
-nothing of how an index works (it holds one as an opaque `SegmentIndex`) nor of budgets. All calls come
-from the engine thread, except that an index build may set `Segment.index` from its own thread.
+nothing of how an index works (it holds one as an opaque object with `begin` and `nbytes`) nor of budgets. All
+calls come from the engine thread, except that an index build may set `Segment.index` from its own thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,6 @@ import numpy.typing as npt
 from retrieval.kv_buffer import KvBuffer
 
 TokenIds = npt.NDArray[np.int32]
-
-
-class SegmentIndex(Protocol):
-    """What a segment holds once its keys are indexed: one entry per layer, from position `begin` on."""
-
-    begin: int  # first position of the segment that is indexed (sink tokens before it are not)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers' indexes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -42,7 +32,7 @@ class Segment:
     token_ids: TokenIds
     kv: KvBuffer
     salt: str
-    index: Any = None  # SegmentIndex, set once by the builder; None: attended exactly
+    index: Any = None  # set once by the builder; None: attended exactly
     index_state: str = "none"  # none, building, ready, failed
     num_references: int = 0  # contexts and children that hold it
     num_hits: int = 0

@@ -37,7 +37,6 @@ from scripts import tasks
 ATTENTION_NAME = "capture"
 CHUNK_TOKENS = 2048
 TAIL_TOKENS = 512  # the server's window: never indexed, so what is asked from there is asked of the rest
-SETS = ("train", "same", "later")
 
 
 @dataclass(slots=True)

@@ -127,7 +127,7 @@ class Engine:
         """Refuse a request that not even an empty server could hold; an open-ended answer is cut to what fits."""
         limit = self._manager.budget.limit_bytes
         needed = self._worker.worst_case_bytes(request, 0)
-        if needed <= limit:
+        if self._manager.budget.fits_ever(needed):
             return request
         longest = bisect_right(
             range(1, request.max_new_tokens + 1),

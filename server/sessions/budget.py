@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-GIB = 1 << 30
-
 
 def default_host_budget(share: float = 0.6) -> int:
     """Bytes: a share of the machine's memory, or of the cgroup's limit where that is lower."""
