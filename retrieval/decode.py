@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class DecodeRow:
 
 class Decoder(ABC):
     """Attends one token of each sequence in one layer."""
+
+    has_own_threads: ClassVar[bool] = False  # its speed does not hang on torch's number of threads
 
     def __init__(self, num_retrieved: int) -> None:
         self._num_retrieved = num_retrieved
@@ -112,6 +114,8 @@ class _BoundParts:
 
 class NativeDecoder(Decoder):
     """The C++ core's `attend_layer`: all runs in host memory, exact or behind layer codes, in one call."""
+
+    has_own_threads = True
 
     def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)

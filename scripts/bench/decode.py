@@ -58,7 +58,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         native.core().set_num_threads(args.threads)
     results = {length: measure(args, length) for length in args.lengths}
-    print(json.dumps({"commit": commit(), "cpu": platform.processor(), "threads": torch.get_num_threads(),
+    print(json.dumps({"commit": commit(), "cpu": platform.processor(), "threads": native.core().num_threads(),
                       "model": args.model, "steps": args.steps * args.rounds, "lengths": results}))  # fmt: skip
 
 

@@ -114,8 +114,9 @@ class ModelRunner:
 
     def _set_threads(self, num_tokens: int) -> None:
         """One thread for a small step of a small model: its products take less than waking a second thread, which
-        on a busy machine may even wait for a time slice. The C++ core has threads of its own."""
-        is_small = self.device.type == "cpu" and num_tokens * self._num_parameters <= SMALL_STEP
+        on a busy machine may even wait for a time slice. Not where torch attends too: long contexts need them all."""
+        is_apart = self.device.type == "cpu" and self._decoder.has_own_threads
+        is_small = is_apart and num_tokens * self._num_parameters <= SMALL_STEP
         wanted = 1 if is_small else self._num_threads
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
