@@ -3,7 +3,8 @@
     ServerError                      500  internal_error
     ├── InvalidRequestError          400  invalid_request_error
     │   ├── UnsupportedFieldError    400  unsupported_parameter
-    │   └── ContextLengthError       400  context_length_exceeded
+    │   ├── ContextLengthError       400  context_length_exceeded
+    │   └── DiskUnavailableError     400  kv_disk_unavailable
     ├── AuthenticationError          401  invalid_api_key
     ├── NotFoundError                404  not_found (model_not_found, session_not_found)
     ├── RequestTooLargeError         413  request_too_large
@@ -60,6 +61,12 @@ class ContextLengthError(InvalidRequestError):
     """Prompt, or prompt and answer, longer than the model may hold."""
 
     default_code = "context_length_exceeded"
+
+
+class DiskUnavailableError(InvalidRequestError):
+    """Something was to be kept on disk, and this server has no disk tier (--kv-disk-path)."""
+
+    default_code = "kv_disk_unavailable"
 
 
 class AuthenticationError(ServerError):

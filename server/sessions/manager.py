@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ from retrieval.context import Context, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import OnlineCodes
-from retrieval.segments import Segment, SegmentStore
+from retrieval.segments import Path, Segment, SegmentStore
 from server.engine.recorder import Recorder
+from server.errors import DiskUnavailableError
 from server.sessions.budget import Budget
 from server.sessions.policy import Candidate, choose_victims
 
@@ -58,6 +60,7 @@ class SessionManager:
         self.num_changes = 0  # grows whenever memory may have become free
         self._geometry, self._static, self._builder = geometry, static, builder
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
+        self._pins: Counter[Segment] = Counter()
 
     @property
     def max_copied_tokens(self) -> int:
@@ -145,6 +148,48 @@ class SessionManager:
     def num_pending_builds(self) -> int:
         """Segments waiting for their index or being indexed."""
         return sum(s.index_state == "building" for s in self.store)
+
+    # --- what is kept on purpose ----------------------------------------------------------------------
+
+    def pin(self, path: Path) -> None:
+        """Keep the segments of a path in memory until as many `unpin`s; they count as referenced."""
+        for entry in path:
+            self._pins[entry.segment] += 1
+            entry.segment.num_references += 1
+
+    def unpin(self, path: Path) -> None:
+        """Undo one `pin` of the same path."""
+        for entry in path:
+            assert self._pins[entry.segment] > 0, "unpinned more often than pinned"
+            self._pins[entry.segment] -= 1
+            entry.segment.num_references -= 1
+        self._pins = +self._pins
+        self.num_changes += 1
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned segments, indexes included."""
+        return sum(s.kv_bytes + s.index_bytes for s in self._pins)
+
+    def persist(self, path: Path) -> None:
+        """Queue the segments of a path for writing to disk, to be kept there until they are forgotten.
+
+        Raises `DiskUnavailableError` where there is no disk tier.
+        """
+        raise DiskUnavailableError("this server keeps nothing on disk: start it with --kv-disk-path")
+
+    def is_persisted(self, segment: Segment) -> bool:
+        """Whether the segment's K and V are safely on disk."""
+        return False
+
+    def fetch(self, token_ids: list[int], salt: str) -> Path:
+        """The longest stored prefix, brought from disk into memory where it is not there yet (blocks meanwhile)."""
+        return self.store.longest_prefix(np.asarray(token_ids, dtype=np.int32), salt)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes held on disk."""
+        return 0
 
     def stats(self) -> ManagerStats:
         """Figures for metrics."""
