@@ -18,6 +18,9 @@ class StreamFace(Protocol):
     def abort(self) -> None:
         """Drops the request within one step; may be called any time and more than once."""
 
+    def stop(self, choice: int) -> None:
+        """Ends one choice within one step, as complete; may be called any time and more than once."""
+
 
 class EngineFace(Protocol):
     """Takes requests and streams events back. Used on the event loop only."""

@@ -172,7 +172,7 @@ async def _request_updates(
 ) -> AsyncGenerator[Update]:
     choices = [Choice(first_choice + i, request, options, tokenizer) for i in range(request.sampling.n)]
     usage = Usage(len(request.prompt_token_ids), 0, 0, None)
-    shown_percent, num_running = -1, len(choices)
+    shown_percent = -1
     events = aiter(stream)
     while (event := await deadline.next_event(events)) is not None:
         match event:
@@ -182,9 +182,8 @@ async def _request_updates(
                     yield event
             case Token() | Finish():
                 delta = _advance(choices[event.choice], event)
-                num_running -= isinstance(event, Finish)
-                if num_running and all(choice.is_finished for choice in choices):
-                    stream.abort()  # stop strings ended the rest; Done still tells the usage
+                if delta is not None and delta.finish_reason is not None and isinstance(event, Token):
+                    stream.stop(event.choice)  # a stop string; the engine knows only tokens
                 if delta is not None:
                     yield delta
             case Failure():

@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from server.engine.config import EngineConfig
 from server.engine.events import Done, Failure
@@ -34,6 +34,14 @@ from server.sessions.manager import SessionManager
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class EndOrder:
+    """One choice is complete, or (choice None) the whole request is given up."""
+
+    request_id: str
+    choice: int | None
+
+
 class Engine:
     """Runs one model. `start` once, `submit` many times, `stop` once."""
 
@@ -44,7 +52,7 @@ class Engine:
         self._runner, self._manager = runner, manager
         self._worker = Worker(config, runner, manager, recorder, self._started)
         self._wake = threading.Condition()
-        self._inbox: deque[Sequence | str] = deque()  # new first choices, and ids to abort; guarded by _wake
+        self._inbox: deque[Sequence | EndOrder] = deque()  # new first choices, and what to end; guarded by _wake
         self._streams: dict[str, RequestStream] = {}  # guarded by _wake; an id leaves with its last event
         self._queued: dict[str, int] = {}  # id -> prompt tokens of requests not started; guarded by _wake
         self._is_stopping = False
@@ -74,7 +82,7 @@ class Engine:
             self._check_queue(request)
             if request.request_id in self._streams:
                 raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
-            stream = RequestStream(request.request_id, self._request_abort)
+            stream = RequestStream(request.request_id, self._request_end)
             self._streams[request.request_id] = stream
             self._queued[request.request_id] = len(request.prompt_token_ids)
             state = RequestState(request, time.monotonic(), num_unfinished=request.sampling.n)
@@ -148,10 +156,10 @@ class Engine:
         if limit is not None and num_waiting and num_tokens + len(request.prompt_token_ids) > limit:
             raise RateLimitError(f"{num_tokens} prompt tokens are waiting, {limit} allowed", retry_after_seconds=1)
 
-    def _request_abort(self, request_id: str) -> None:
+    def _request_end(self, request_id: str, choice: int | None) -> None:
         with self._wake:
             if request_id in self._streams:
-                self._inbox.append(request_id)
+                self._inbox.append(EndOrder(request_id, choice))
                 self._wake.notify()
 
     # --- engine thread --------------------------------------------------------------------------------
@@ -186,8 +194,10 @@ class Engine:
         for item in taken:
             if isinstance(item, Sequence):
                 self._worker.add(item)
+            elif item.choice is None:
+                self._worker.abort(item.request_id)
             else:
-                self._worker.abort(item)
+                self._worker.stop(item.request_id, item.choice)
         self._deliver()
 
     def _deliver(self) -> None:

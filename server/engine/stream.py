@@ -15,9 +15,9 @@ class RequestStream:
     `push` is for the engine thread, everything else for the event loop that submitted the request.
     """
 
-    def __init__(self, request_id: str, on_abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, on_end: Callable[[str, int | None], None]) -> None:
         self.request_id = request_id
-        self._on_abort = on_abort
+        self._on_end = on_end  # called with the id and the choice that is over; None: all of them, given up
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
@@ -38,7 +38,11 @@ class RequestStream:
 
     def abort(self) -> None:
         """Tell the engine to drop the request within one step; idempotent, harmless after the end."""
-        self._on_abort(self.request_id)
+        self._on_end(self.request_id, None)
+
+    def stop(self, choice: int) -> None:
+        """Tell the engine that one choice is complete, such as by a stop string; harmless after its end."""
+        self._on_end(self.request_id, choice)
 
     def push(self, events: list[Event]) -> None:
         """Deliver events; a loop that has closed meanwhile has nobody left to listen."""

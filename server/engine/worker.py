@@ -245,6 +245,13 @@ class Worker:
             usage = Usage(sequence.num_prompt_tokens, state.num_cached_tokens, state.num_generated, share)
             self._end(state, reason, Done(usage))
 
+    def stop(self, request_id: str, choice: int) -> None:
+        """One choice is complete, as its reader has found; nothing to do where it has ended meanwhile."""
+        for sequence in self._by_request.get(request_id, []):
+            if sequence.choice == choice and sequence.status != "finished" and sequence.num_generated > 0:
+                self._finish(sequence, "stop", None)
+                return
+
     def abort(self, request_id: str) -> None:
         """The client went away: what was computed stays cached, everything else is freed."""
         sequences = self._by_request.get(request_id)

@@ -22,6 +22,7 @@ class FakeStream:
         self._changed = asyncio.Event()
         self._is_over = False
         self.num_aborts = 0
+        self.stopped: list[int] = []
 
     def __aiter__(self) -> FakeStream:
         return self
@@ -42,6 +43,12 @@ class FakeStream:
         if self.num_aborts == 1 and not self._is_over:
             self._events = [Finish(i, "abort") for i in range(self._request.sampling.n)]
             self.push(Done(Usage(len(self._request.prompt_token_ids), 0, 0, None)))
+
+    def stop(self, choice: int) -> None:
+        self.stopped.append(choice)
+        rest = [event for event in self._events if not (isinstance(event, Token | Finish) and event.choice == choice)]
+        self._events = [Finish(choice, "stop"), *rest]
+        self._changed.set()
 
     def push(self, *events: Event) -> None:
         self._events.extend(events)

@@ -86,7 +86,7 @@ async def test_stop_string_across_tokens_ends_the_answer_and_the_work(
     assert choice["message"]["content"] == "the quic"
     assert choice["finish_reason"] == "stop"
     assert choice["stop_reason"] in stop
-    assert engine.streams[0].num_aborts >= 1
+    assert engine.streams[0].stopped == [0]
     events, _ = await read(client, PATH, body)
     assert text_of(events) == "the quic"
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
@@ -109,6 +109,8 @@ async def test_choices_end_at_their_own_stop_strings(
     engine.script = says(tokenizer, "one stop two", "three four")
     answer = (await client.post(PATH, json=HELLO | {"n": 2, "stop": "stop"})).json()
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["one ", "three four"]
+    assert engine.streams[0].stopped == [0]
+    assert answer["usage"]["retrieval_details"]["share_scanned"] == 0.25
 
 
 async def test_text_of_a_stop_token_is_not_shown(

@@ -38,6 +38,16 @@ def leaks(engine) -> dict[str, int]:
     }
 
 
+class Endings(NullRecorder):
+    """Why requests ended."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def ended(self, reason, num_generated_tokens, times) -> None:
+        self.reasons.append(reason)
+
+
 async def test_events_come_in_order_and_end_once(make_engine, prompt, run):
     events = await run(make_engine(), prompt(250), max_tokens=5)
     kinds = [type(e).__name__ for e in events]
@@ -102,6 +112,46 @@ async def test_abort_frees_everything_and_ends_the_stream(num_seen, make_engine,
     events = [event async for event in stream]
     assert isinstance(events[-1], Done)
     assert Finish(0, "abort", None) in events
+    await settle(engine)
+    assert not any(leaks(engine).values())
+
+
+async def test_stopped_choice_ends_as_complete_and_the_others_go_on(make_engine, prompt):
+    recorder = Endings()
+    engine = make_engine(recorder=recorder)
+    stream = engine.submit(Request("two", prompt(300), SamplingParams(n=2, max_tokens=40, ignore_eos=True)))
+    num_tokens = [0, 0]
+    ends = []
+    async for event in stream:
+        if isinstance(event, Token):
+            num_tokens[event.choice] += 1
+            if num_tokens[0] == 3:
+                stream.stop(0)
+                stream.stop(0)
+                stream.stop(7)
+        elif isinstance(event, Finish):
+            ends.append(event)
+    assert ends == [Finish(0, "stop", None), Finish(1, "length", None)]
+    assert num_tokens[0] < 40 == num_tokens[1]
+    assert isinstance(event, Done)
+    assert event.usage.num_generated_tokens == sum(num_tokens)
+    assert event.usage.share_scanned is not None
+    stream.stop(1)  # after the end
+    await settle(engine)
+    assert recorder.reasons == ["length"]
+    assert not any(leaks(engine).values())
+
+
+async def test_request_whose_only_choice_was_stopped_counts_as_stop(make_engine, prompt):
+    recorder = Endings()
+    engine = make_engine(recorder=recorder)
+    stream = engine.submit(Request("one", prompt(30), SamplingParams(max_tokens=5000, ignore_eos=True)))
+    while not isinstance(await anext(stream), Token):
+        pass
+    stream.stop(0)
+    events = [event async for event in stream]
+    assert (events[-2], type(events[-1])) == (Finish(0, "stop", None), Done)
+    assert recorder.reasons == ["stop"]
     await settle(engine)
     assert not any(leaks(engine).values())
 

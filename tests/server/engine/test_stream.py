@@ -19,7 +19,7 @@ async def collect(stream: RequestStream) -> list[Event]:
 
 
 async def test_events_come_in_order_and_end_with_done() -> None:
-    stream = RequestStream("r", lambda request_id: None)
+    stream = RequestStream("r", lambda request_id, choice: None)
     stream.push([Progress(1, 1), Token(0, 5)])
     stream.push([Token(0, 6), Finish(0, "stop"), DONE])
     async with asyncio.timeout(30):
@@ -28,7 +28,7 @@ async def test_events_come_in_order_and_end_with_done() -> None:
 
 
 async def test_a_failure_is_the_last_event() -> None:
-    stream = RequestStream("r", lambda request_id: None)
+    stream = RequestStream("r", lambda request_id, choice: None)
     failure = Failure(ServerError("broken"))
     stream.push([Token(0, 5), failure])
     async with asyncio.timeout(30):
@@ -38,7 +38,7 @@ async def test_a_failure_is_the_last_event() -> None:
 
 
 async def test_events_pushed_from_another_thread_wake_the_reader() -> None:
-    stream = RequestStream("r", lambda request_id: None)
+    stream = RequestStream("r", lambda request_id, choice: None)
     go_on = threading.Event()
 
     def engine() -> None:
@@ -61,7 +61,7 @@ async def test_events_pushed_from_another_thread_wake_the_reader() -> None:
 
 
 async def test_a_reader_that_waits_lets_the_loop_go_on() -> None:
-    stream = RequestStream("r", lambda request_id: None)
+    stream = RequestStream("r", lambda request_id, choice: None)
     reader = asyncio.create_task(collect(stream))
     for _ in range(5):
         await asyncio.sleep(0)
@@ -72,7 +72,7 @@ async def test_a_reader_that_waits_lets_the_loop_go_on() -> None:
 
 
 async def test_a_reader_that_gives_up_waiting_misses_nothing() -> None:
-    stream = RequestStream("r", lambda request_id: None)
+    stream = RequestStream("r", lambda request_id, choice: None)
     for _ in range(3):  # as between two keep-alive comments
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.001)
@@ -81,17 +81,18 @@ async def test_a_reader_that_gives_up_waiting_misses_nothing() -> None:
         assert await collect(stream) == [Token(0, 1), DONE]
 
 
-async def test_abort_names_the_request_every_time() -> None:
-    aborted: list[str] = []
-    stream = RequestStream("r-7", aborted.append)
+async def test_abort_and_stop_name_the_request_every_time() -> None:
+    ended: list[tuple[str, int | None]] = []
+    stream = RequestStream("r-7", lambda request_id, choice: ended.append((request_id, choice)))
     stream.abort()
     stream.abort()
-    assert aborted == ["r-7", "r-7"]
+    stream.stop(2)
+    assert ended == [("r-7", None), ("r-7", None), ("r-7", 2)]
 
 
 def test_events_for_a_loop_that_is_gone_are_dropped() -> None:
     async def make() -> RequestStream:
-        return RequestStream("r", lambda request_id: None)
+        return RequestStream("r", lambda request_id, choice: None)
 
     stream = asyncio.run(make())
     stream.push([DONE])
