@@ -15,7 +15,7 @@ import torch
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
 from retrieval.segment_index import OnlineCodes
-from retrieval.segments import Path, PathEntry, Segment, SegmentStore, TokenIds
+from retrieval.segments import Path, PathEntry, PathHold, Segment, SegmentStore, TokenIds, path_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,6 @@ class Context:
     ) -> None:
         self.geometry = geometry
         self.static = static
-        self.path = path
         self.tail = tail
         self.salt = salt
         self.device = device  # where the model computes, and the tail lives once the prompt is sealed
@@ -62,9 +61,13 @@ class Context:
         self.online_codes: OnlineCodes | None = None  # of the tail while the prompt is read; set by the builder
         self.query_sample: Any = None  # owned by the prefill attention, read by the index builder
         self._store = store
+        self._hold = PathHold(store, path)
         self._closed = False
-        for entry in path:
-            entry.segment.num_references += 1
+
+    @property
+    def path(self) -> Path:
+        """The shared part, from position 0; its segments may be replaced by merged ones between two steps."""
+        return self._hold.path
 
     @property
     def tail_start(self) -> int:
@@ -122,8 +125,7 @@ class Context:
         self.tail.copy_range(tail, num_sealed, num_sealed + num_kept)
         tail.length = num_sealed
         segment = self._store.add(self.salt, parent, run, host_copy(tail))
-        segment.num_references += 1
-        self.path = (*self.path, PathEntry(segment, num_sealed))
+        self._hold.move(path_to(PathEntry(segment, num_sealed)))  # not always the old path: the content may be known
         return segment
 
     def _new_tail(self, num_kept: int) -> KvBuffer:
@@ -142,9 +144,8 @@ class Context:
         if self._closed:
             return
         self._closed = True
-        for entry in self.path:
-            entry.segment.num_references -= 1
-        self.path, self.decode_cache = (), None
+        self._hold.release()
+        self.decode_cache = None
         self.tail = KvBuffer(self.geometry, 1, torch.device("cpu"))
 
 

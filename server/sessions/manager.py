@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from retrieval.context import Context, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import OnlineCodes
-from retrieval.segments import Path, Segment, SegmentStore
+from retrieval.segments import Path, PathHold, Segment, SegmentStore
 from server.engine.recorder import Recorder
 from server.errors import DiskUnavailableError
 from server.sessions.budget import Budget
@@ -60,7 +59,7 @@ class SessionManager:
         self.num_changes = 0  # grows whenever memory may have become free
         self._geometry, self._static, self._builder = geometry, static, builder
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
-        self._pins: Counter[Segment] = Counter()
+        self._pins: dict[tuple[object, ...], list[PathHold]] = {}  # by what was pinned: its path may be replaced
 
     @property
     def max_copied_tokens(self) -> int:
@@ -153,23 +152,21 @@ class SessionManager:
 
     def pin(self, path: Path) -> None:
         """Keep the segments of a path in memory until as many `unpin`s; they count as referenced."""
-        for entry in path:
-            self._pins[entry.segment] += 1
-            entry.segment.num_references += 1
+        self._pins.setdefault(_content(path), []).append(PathHold(self.store, path))
 
     def unpin(self, path: Path) -> None:
         """Undo one `pin` of the same path."""
-        for entry in path:
-            assert self._pins[entry.segment] > 0, "unpinned more often than pinned"
-            self._pins[entry.segment] -= 1
-            entry.segment.num_references -= 1
-        self._pins = +self._pins
+        holds = self._pins[_content(path)]
+        holds.pop().release()
+        if not holds:
+            del self._pins[_content(path)]
         self.num_changes += 1
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of pinned segments, indexes included."""
-        return sum(s.kv_bytes + s.index_bytes for s in self._pins)
+        pinned = {e.segment for holds in self._pins.values() for hold in holds for e in hold.path}
+        return sum(s.kv_bytes + s.index_bytes for s in pinned)
 
     def persist(self, path: Path) -> None:
         """Queue the segments of a path for writing to disk, to be kept there until they are forgotten.
@@ -221,9 +218,9 @@ class SessionManager:
         return segment
 
     def _remove_idle(self) -> None:
-        """Forget what no context holds; children came after their parents, so the newest go first."""
-        for segment in reversed(list(self.store)):
-            if segment.num_references == 0 and segment.index_state != "building":
+        """Forget what no context holds, children before their parents."""
+        while idle := [s for s in self.store if s.num_references == 0 and s.index_state != "building"]:
+            for segment in idle:
                 self.store.remove(segment)
 
     def _index(self, segment: Segment, sample: QuerySample | None = None, online: OnlineCodes | None = None) -> None:
@@ -258,3 +255,8 @@ class SessionManager:
     def _rebuild_cost(self, segment: Segment) -> float:
         """Prefill work in relative units: token-wise work plus attention over everything before."""
         return segment.num_tokens * (1000.0 + segment.start + segment.num_tokens / 2)
+
+
+def _content(path: Path) -> tuple[object, ...]:
+    """A path as what it holds, without the segments themselves."""
+    return tuple((entry.segment.digest, entry.limit) for entry in path)
