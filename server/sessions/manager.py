@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ class SessionManager:
         self.num_changes = 0  # grows whenever memory may have become free
         self._geometry, self._static, self._builder = geometry, static, builder
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
-        self._pins: dict[tuple[object, ...], list[PathHold]] = {}  # by what was pinned: its path may be replaced
+        self._pins: set[PathHold] = set()  # their paths follow when segments are replaced
 
     @property
     def max_copied_tokens(self) -> int:
@@ -95,8 +96,8 @@ class SessionManager:
         """Bytes of all segments, indexes included."""
         return sum(s.kv_bytes + s.index_bytes for s in self.store)
 
-    def open(self, token_ids: list[int], salt: str, max_tokens: int) -> Context:
-        """A context with the longest stored prefix of the prompt; `max_tokens` it may grow to."""
+    def open(self, token_ids: list[int], salt: str, max_tokens: int, reuse: bool = True) -> Context:
+        """A context with the longest stored prefix of the prompt, or nothing; `max_tokens` it may grow to."""
         ids = np.asarray(token_ids, dtype=np.int32)
         context = open_context(
             self._geometry,
@@ -106,7 +107,7 @@ class SessionManager:
             salt=salt,
             capacity=max_tokens,
             device=self._device,
-            reuse=self._prefix_caching,
+            reuse=reuse and self._prefix_caching,
         )
         for entry in context.path:
             entry.segment.last_used = time.monotonic()
@@ -150,23 +151,39 @@ class SessionManager:
 
     # --- what is kept on purpose ----------------------------------------------------------------------
 
-    def pin(self, path: Path) -> None:
-        """Keep the segments of a path in memory until as many `unpin`s; they count as referenced."""
-        self._pins.setdefault(_content(path), []).append(PathHold(self.store, path))
+    def pin(self, path: Path) -> PathHold:
+        """Keep the segments of a path in memory until the `unpin` of what is returned; they count as referenced."""
+        hold = PathHold(self.store, path)
+        self._pins.add(hold)
+        return hold
 
-    def unpin(self, path: Path) -> None:
-        """Undo one `pin` of the same path."""
-        holds = self._pins[_content(path)]
-        holds.pop().release()
-        if not holds:
-            del self._pins[_content(path)]
+    def unpin(self, hold: PathHold) -> None:
+        """Undo a `pin`."""
+        self._pins.remove(hold)
+        hold.release()
         self.num_changes += 1
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of pinned segments, indexes included."""
-        pinned = {e.segment for holds in self._pins.values() for hold in holds for e in hold.path}
+        pinned = {e.segment for hold in self._pins for e in hold.path}
         return sum(s.kv_bytes + s.index_bytes for s in pinned)
+
+    def discard(self, segments: Iterable[Segment], needed: Set[bytes]) -> int:
+        """Forget segments and what continues them, but for what is held, being indexed, or `needed` (digests).
+
+        Returns the bytes freed.
+        """
+        found, num_bytes = list(segments), 0
+        for segment in found:  # grows: children come after their parents
+            found += [child for child in segment.children if child not in found]
+        for segment in reversed(found):
+            is_idle = segment.num_references == 0 and segment.index_state != "building"
+            if is_idle and segment.digest not in needed and self.store.get(segment.digest) is segment:
+                self.store.remove(segment)
+                num_bytes += segment.kv_bytes + segment.index_bytes
+        self.num_changes += 1
+        return num_bytes
 
     def persist(self, path: Path) -> None:
         """Queue the segments of a path for writing to disk, to be kept there until they are forgotten.
@@ -255,8 +272,3 @@ class SessionManager:
     def _rebuild_cost(self, segment: Segment) -> float:
         """Prefill work in relative units: token-wise work plus attention over everything before."""
         return segment.num_tokens * (1000.0 + segment.start + segment.num_tokens / 2)
-
-
-def _content(path: Path) -> tuple[object, ...]:
-    """A path as what it holds, without the segments themselves."""
-    return tuple((entry.segment.digest, entry.limit) for entry in path)
