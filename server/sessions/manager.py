@@ -18,7 +18,7 @@ from retrieval.context import Context, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import OnlineCodes
-from retrieval.segments import Path, PathHold, Segment, SegmentStore
+from retrieval.segments import Path, PathHold, Segment, SegmentStore, TokenIds
 from server.engine.recorder import Recorder
 from server.errors import DiskUnavailableError
 from server.sessions.budget import Budget
@@ -204,6 +204,15 @@ class SessionManager:
     def disk_bytes(self) -> int:
         """Bytes held on disk."""
         return 0
+
+    def disk_bytes_of(self, contexts: Iterable[tuple[TokenIds, str]]) -> int:
+        """Bytes on disk that serve some contexts (token ids, salt), each file once."""
+        return 0
+
+    def num_tokens_on_disk(self, token_ids: TokenIds, salt: str) -> int:
+        """Length of the longest prefix that disk and memory together can give back; cheap, reads no K or V."""
+        path = self.store.longest_prefix(token_ids, salt)
+        return path[-1].end if path else 0
 
     def stats(self) -> ManagerStats:
         """Figures for metrics."""
