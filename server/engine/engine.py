@@ -20,7 +20,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.recorder import Recorder
 from server.engine.request import Request
 from server.engine.sequence import RequestState, Sequence
-from server.engine.stream import RequestStream
+from server.engine.stream import Batch, RequestStream, deliver
 from server.engine.worker import Worker
 from server.errors import (
     ContextLengthError,
@@ -201,12 +201,17 @@ class Engine:
         self._deliver()
 
     def _deliver(self) -> None:
-        """Hand the collected events over, one wake-up per request."""
-        for request_id, events in self._worker.take_events().items():
-            is_over = isinstance(events[-1], Done | Failure)
-            with self._wake:
+        """Hand the collected events over, all with one wake-up."""
+        taken = self._worker.take_events()
+        if not taken:
+            return
+        batches: list[Batch] = []
+        with self._wake:
+            for request_id, events in taken.items():
+                is_over = isinstance(events[-1], Done | Failure)
                 stream = self._streams.pop(request_id, None) if is_over else self._streams.get(request_id)
                 if is_over:
                     self._queued.pop(request_id, None)
-            if stream is not None:
-                stream.push(events)
+                if stream is not None:
+                    batches.append((stream, events))
+        deliver(batches)

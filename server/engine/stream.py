@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from server.engine.events import Done, Event, Failure
 
@@ -45,12 +46,33 @@ class RequestStream:
         self._on_end(self.request_id, choice)
 
     def push(self, events: list[Event]) -> None:
-        """Deliver events; a loop that has closed meanwhile has nobody left to listen."""
-        try:
-            self._loop.call_soon_threadsafe(self._receive, events)
-        except RuntimeError:
-            return
+        """Deliver events from the engine's thread."""
+        deliver([(self, events)])
 
-    def _receive(self, events: list[Event]) -> None:
+    def receive(self, events: list[Event]) -> None:
+        """Take events on the stream's own loop."""
         self._events.extend(events)
         self._arrived.set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that submitted the request."""
+        return self._loop
+
+
+Batch = tuple[RequestStream, list[Event]]
+
+
+def deliver(batches: list[Batch]) -> None:
+    """Push events to several streams: one wake-up per event loop, since each costs a system call under the GIL."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Batch]] = {}
+    for batch in batches:
+        by_loop.setdefault(batch[0].loop, []).append(batch)
+    for loop, own in by_loop.items():
+        with suppress(RuntimeError):  # a loop that has closed meanwhile has nobody left to listen
+            loop.call_soon_threadsafe(_receive_all, own)
+
+
+def _receive_all(batches: list[Batch]) -> None:
+    for stream, events in batches:
+        stream.receive(events)

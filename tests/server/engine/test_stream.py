@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from server.engine.events import Done, Event, Failure, Finish, Progress, Token, Usage
-from server.engine.stream import RequestStream
+from server.engine.stream import RequestStream, deliver
 from server.errors import ServerError
 
 DONE = Done(Usage(1, 0, 2, None))
@@ -88,6 +88,18 @@ async def test_abort_and_stop_name_the_request_every_time() -> None:
     stream.abort()
     stream.stop(2)
     assert ended == [("r-7", None), ("r-7", None), ("r-7", 2)]
+
+
+async def test_a_batch_of_streams_is_delivered_with_one_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [RequestStream(f"r{i}", lambda request_id, choice: None) for i in range(3)]
+    loop = asyncio.get_running_loop()
+    wake_ups: list[object] = []
+    call = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a, **k: (wake_ups.append(a), call(*a, **k))[1])
+    deliver([(stream, [Token(0, i), DONE]) for i, stream in enumerate(streams)])
+    assert len(wake_ups) == 1
+    async with asyncio.timeout(30):
+        assert [await collect(stream) for stream in streams] == [[Token(0, i), DONE] for i in range(3)]
 
 
 def test_events_for_a_loop_that_is_gone_are_dropped() -> None:
