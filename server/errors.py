@@ -7,6 +7,7 @@
     │   └── DiskUnavailableError     400  kv_disk_unavailable
     ├── AuthenticationError          401  invalid_api_key
     ├── NotFoundError                404  not_found (model_not_found, session_not_found)
+    ├── ConflictError                409  conflict (session_busy, session_exists, session_evicted, …)
     ├── RequestTooLargeError         413  request_too_large
     ├── RateLimitError               429  queue_full | rate_limit_exceeded   (Retry-After)
     ├── RequestTimeoutError          504  request_timeout
@@ -83,6 +84,14 @@ class NotFoundError(ServerError):
     status = 404
     error_type = "not_found_error"
     default_code = "not_found"
+
+
+class ConflictError(ServerError):
+    """What is asked for does not go together with the state of a session."""
+
+    status = 409
+    error_type = "conflict_error"
+    default_code = "conflict"
 
 
 class RequestTooLargeError(ServerError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -84,6 +85,8 @@ class Metrics:
 
     def _define_memory(self) -> None:
         self._bytes = self._gauge("memory_bytes", "Bytes held, by tier and content.", "tier", "content")
+        self._sessions = self._gauge("num_sessions", "Named sessions, by state.", "state")
+        self._pinned = self._gauge("num_sessions_pinned", "Sessions whose context may not be evicted.")
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
         self._evictions = self._counter("evictions", "Segments or indexes evicted.", "tier", "reason")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
@@ -169,6 +172,11 @@ class Metrics:
 
     def segments(self, tier: Tier, num_segments: int) -> None:
         self._segments.labels(tier).set(num_segments)
+
+    def sessions(self, num_by_state: Mapping[str, int], num_pinned: int) -> None:
+        for state, number in num_by_state.items():
+            self._sessions.labels(state).set(number)
+        self._pinned.set(num_pinned)
 
     def eviction(self, tier: Tier, reason: str, num_bytes: int) -> None:
         self._evictions.labels(tier, reason).inc()

@@ -5,6 +5,7 @@ Called on the engine thread (and on index build threads); implementations must b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -67,6 +68,9 @@ class Recorder(Protocol):
     def segments(self, tier: Tier, num_segments: int) -> None:
         """Segments held now in one tier."""
 
+    def sessions(self, num_by_state: Mapping[str, int], num_pinned: int) -> None:
+        """Named sessions now, in each of their states, and those pinned among them."""
+
     def eviction(self, tier: Tier, reason: str, num_bytes: int) -> None:
         """A segment, or its index, left a tier."""
 
@@ -91,5 +95,6 @@ class NullRecorder:
     def live_recall(self, recall: float, captured_mass: float) -> None: ...
     def memory(self, tier: Tier, content: Content, num_bytes: int) -> None: ...
     def segments(self, tier: Tier, num_segments: int) -> None: ...
+    def sessions(self, num_by_state: Mapping[str, int], num_pinned: int) -> None: ...
     def eviction(self, tier: Tier, reason: str, num_bytes: int) -> None: ...
     def degraded(self, reason: str) -> None: ...

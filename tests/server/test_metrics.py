@@ -38,6 +38,7 @@ def report_everything(recorder: Recorder) -> None:
     recorder.live_recall(0.9, 0.99)
     recorder.memory("host", "kv", 15)
     recorder.segments("host", 16)
+    recorder.sessions({"ready": 18}, 19)
     recorder.eviction("host", "budget", 17)
     recorder.degraded("no core")
 
