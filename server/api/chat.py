@@ -70,6 +70,7 @@ class ChatAnswer:
         options = self.turn.body.stream_options
         has_usage = options is not None and options.include_usage
         has_begun = False
+        texts = [self._text_events(index, has_usage) for index in range(self.turn.request.sampling.n)]
         async with aclosing(self.turn.run()) as updates:
             async for update in updates:
                 if not has_begun and not isinstance(update, Progress):
@@ -79,6 +80,8 @@ class ChatAnswer:
                 match update:
                     case Progress():
                         yield sse.comment(update)
+                    case TurnDelta(choice, (Content(text),), (), None):  # nearly all of them
+                        yield texts[choice].render(text)
                     case TurnDelta():
                         for choice in self._chunk_choices(update):
                             yield self._event(choice, has_usage)
@@ -112,6 +115,12 @@ class ChatAnswer:
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
             )
+
+    def _text_events(self, index: int, has_usage: bool) -> sse.TextEvents:
+        choice = ChunkChoice(
+            index=index, delta=WireDelta(content=sse.TextEvents.MARK), logprobs=None, finish_reason=None
+        )
+        return sse.TextEvents(self._chunk([choice], usage=None) if has_usage else self._chunk([choice]))
 
     def _event(self, choice: ChunkChoice, has_usage: bool) -> str:
         return sse.event(self._chunk([choice], usage=None) if has_usage else self._chunk([choice]))

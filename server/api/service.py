@@ -49,7 +49,7 @@ class Service:
         return generate(self.engine, self.tokenizer, requests, options, self.request_timeout_seconds)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async, or every request would hop to a thread for it
     service: Service = request.app.state.service
     return service
 

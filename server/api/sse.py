@@ -21,12 +21,27 @@ from server.engine.events import Progress
 from server.errors import ServerError
 
 DONE = "data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 KEEP_ALIVE = ": keep-alive\n\n"
 
 
 def event(model: BaseModel) -> str:
     """A chunk as an event; only fields that were set are written."""
     return f"data: {model.model_dump_json(exclude_unset=True)}\n\n"
+
+
+class TextEvents:
+    """Events that differ in one text only: the JSON around it is rendered once, not for every token."""
+
+    MARK = "\ue000"  # where the text goes; private use, so nothing else in a chunk holds it
+
+    def __init__(self, marked: BaseModel) -> None:
+        """`marked`: a chunk whose text is `MARK`."""
+        self._before, self._after = event(marked).rsplit(f'"{self.MARK}"', 1)  # what comes before names the model
+
+    def render(self, text: str) -> str:
+        """As `event` renders the chunk with `text` in the mark's place."""
+        return self._before + _encode(text) + self._after
 
 
 def named_event(name: str, data: dict[str, Any]) -> str:

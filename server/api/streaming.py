@@ -122,6 +122,8 @@ class Deadline:
 
     async def next_event(self, events: AsyncIterator[Event]) -> Event | None:
         """The next event, None at the end. Raises RequestTimeoutError."""
+        if self._at is None:
+            return await anext(events, None)
         try:
             async with asyncio.timeout_at(self._at):
                 return await anext(events, None)
