@@ -80,8 +80,8 @@ class ChatAnswer:
                 match update:
                     case Progress():
                         yield sse.comment(update)
-                    case TurnDelta(choice, (Content(text),), (), None):  # nearly all of them
-                        yield texts[choice].render(text)
+                    case TurnDelta(index, (Content(text),), (), None):  # nearly all of them
+                        yield texts[index].render(text)
                     case TurnDelta():
                         for choice in self._chunk_choices(update):
                             yield self._event(choice, has_usage)
