@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from retrieval import index as indexes
 from retrieval.context import Context
 from retrieval.index import KeyIndex
+from retrieval.kv_buffer import KvBuffer
 from retrieval.methods.retrieval import QuerySample
-from retrieval.segment_index import CodesMaker, HeadIndexes, OnlineCodes, SegmentIndex
+from retrieval.segment_index import CodesIndex, CodesMaker, HeadIndexes, OnlineCodes, SegmentIndex
 from retrieval.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,13 @@ class IndexBuilder:
         segment.index_state = "building"
         self._executor.submit(self._build, segment, sample or QuerySample())
 
+    def merged(self, chain: Sequence[Segment], kv: KvBuffer) -> SegmentIndex | None:
+        """The index of a chain of segments whose K and V `kv` holds, on the caller's thread; None: builder closed."""
+        begin = self._begin(chain[0])
+        if self._codes is None:
+            return self._build_heads(kv, begin, QuerySample())
+        return self._build_codes(kv, begin, chain[0].index)
+
     def wait(self) -> None:
         """Block until everything submitted so far is built."""
         self._executor.submit(lambda: None).result()
@@ -77,9 +85,9 @@ class IndexBuilder:
         self._executor.shutdown(wait=True)  # queued builds run too: each sees at once that it is not wanted
 
     def _build(self, segment: Segment, sample: QuerySample) -> None:
-        started = time.perf_counter()
+        started, kv, begin = time.perf_counter(), segment.kv, self._begin(segment)
         try:
-            built = self._build_codes(segment) if self._codes else self._build_heads(segment, sample)
+            built = self._build_codes(kv, begin) if self._codes else self._build_heads(kv, begin, sample)
         except Exception:
             segment.index_state = "failed"
             logger.exception("index build failed; the segment stays exact")
@@ -90,23 +98,24 @@ class IndexBuilder:
         segment.index, segment.index_state = built, "ready"
         self._on_built(self._kind, time.perf_counter() - started, segment.num_tokens)
 
-    def _build_codes(self, segment: Segment) -> SegmentIndex | None:
-        """Codes of every layer; None when the builder was closed meanwhile."""
+    def _build_codes(self, kv: KvBuffer, begin: int, first: SegmentIndex | None = None) -> SegmentIndex | None:
+        """Codes of every layer, those of `first` kept for its tokens; None when the builder was closed meanwhile."""
         assert self._codes is not None
         layers = []
-        for layer_idx in range(segment.kv.geometry.num_layers):
+        for layer_idx in range(kv.geometry.num_layers):
             if self._closed.is_set():
                 return None
-            layers.append(self._codes.encode(segment.kv, layer_idx, segment.num_tokens))
-        return self._codes.index(self._begin(segment), layers, segment.kv)
+            known = first.codes(layer_idx) if isinstance(first, CodesIndex) else None
+            layers.append(self._codes.encode(kv, layer_idx, kv.length, known))
+        return self._codes.index(begin, layers, kv)
 
-    def _build_heads(self, segment: Segment, sample: QuerySample) -> SegmentIndex | None:
+    def _build_heads(self, kv: KvBuffer, begin: int, sample: QuerySample) -> SegmentIndex | None:
         """An index per layer and KV head; None when the builder was closed meanwhile."""
-        begin, geometry = self._begin(segment), segment.kv.geometry
+        geometry = kv.geometry
         layers: list[list[KeyIndex]] = []
         for layer_idx in range(geometry.num_layers):
             heads: list[KeyIndex] = []
-            layer_keys = segment.kv.read_keys(layer_idx, begin, segment.num_tokens)
+            layer_keys = kv.read_keys(layer_idx, begin, kv.length)
             for kv_head in range(geometry.num_kv_heads):
                 if self._closed.is_set():
                     return None

@@ -50,6 +50,11 @@ class KvBuffer:
         return int(self.keys.shape[2])
 
     @property
+    def is_pinned(self) -> bool:
+        """In page-locked host memory, which a GPU reads while it computes."""
+        return self._pin
+
+    @property
     def nbytes(self) -> int:
         """Bytes of K, V and scales of the valid tokens."""
         return self.length * self.geometry.kv_bytes_per_token

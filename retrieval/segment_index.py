@@ -16,6 +16,8 @@ from torch import Tensor
 from retrieval.index import KeyIndex
 from retrieval.kv_buffer import KvBuffer
 
+ENCODE_TOKENS = 4096  # encoded at a time
+
 
 class SegmentIndex(ABC):
     """Covers a segment's positions from its field `begin` on; the sink tokens before it are always attended exactly."""
@@ -61,11 +63,24 @@ class CodesMaker:
     bits: int = 2
     seed: int = 0
 
-    def encode(self, kv: KvBuffer, layer_idx: int, end: int) -> Any:
-        """`_core.LayerCodes` of one layer's keys before `end`, and of the sums of their values."""
-        codes = self.core.LayerCodes(kv.geometry.num_kv_heads, kv.geometry.head_dim, self.bits, self.seed)
-        codes.append(kv.read_keys(layer_idx, 0, end), kv.read_values(layer_idx, 0, end))
+    def encode(self, kv: KvBuffer, layer_idx: int, end: int, known: Any = None) -> Any:
+        """`_core.LayerCodes` of one layer's keys before `end`, and of the sums of their values.
+
+        known: such codes of the first keys, which are copied instead of made again.
+        """
+        geometry = kv.geometry
+        if known is not None:
+            codes = self.core.LayerCodes.load(known.save())
+        else:
+            codes = self.core.LayerCodes(geometry.num_kv_heads, geometry.head_dim, self.bits, self.seed)
+        self.extend(codes, kv, layer_idx, end)
         return codes
+
+    def extend(self, codes: Any, kv: KvBuffer, layer_idx: int, end: int) -> None:
+        """Encode the keys behind those held, a slice at a time: encoding needs as much scratch as it makes codes."""
+        for begin in range(codes.num_keys, end, ENCODE_TOKENS):
+            stop = min(begin + ENCODE_TOKENS, end)
+            codes.append(kv.read_keys(layer_idx, begin, stop), kv.read_values(layer_idx, begin, stop))
 
     def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
         """The index of a segment whose layers are encoded."""
@@ -85,9 +100,8 @@ class OnlineCodes:
         started, codes = time.perf_counter(), self._layers[layer_idx]
         if codes is None:
             self._layers[layer_idx] = self._maker.encode(kv, layer_idx, end)
-        elif codes.num_keys < end:
-            begin = codes.num_keys
-            codes.append(kv.read_keys(layer_idx, begin, end), kv.read_values(layer_idx, begin, end))
+        else:
+            self._maker.extend(codes, kv, layer_idx, end)
         self.seconds += time.perf_counter() - started
 
     def finish(self, begin: int, kv: KvBuffer) -> CodesIndex | None:

@@ -88,6 +88,8 @@ class Metrics:
         self._sessions = self._gauge("num_sessions", "Named sessions, by state.", "state")
         self._pinned = self._gauge("num_sessions_pinned", "Sessions whose context may not be evicted.")
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
+        self._compactions = self._histogram("compaction_seconds", "Merging a chain of segments into one.", _LONG)
+        self._compacted_tokens = self._counter("compacted_tokens", "Tokens copied by merging segments.")
         self._evictions = self._counter("evictions", "Segments or indexes evicted.", "tier", "reason")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
@@ -154,6 +156,10 @@ class Metrics:
 
     def index_builds_pending(self, num_segments: int) -> None:
         self._index_pending.set(num_segments)
+
+    def compaction(self, num_segments: int, num_tokens: int, seconds: float) -> None:
+        self._compactions.observe(seconds)
+        self._compacted_tokens.inc(num_tokens)
 
     def attention(self, layer_seconds: float, num_visible: int, num_scored: int, num_retrieved: int) -> None:
         self._layer_seconds.observe(layer_seconds)

@@ -58,6 +58,7 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
         recorder,
         device=runner.device,
         prefix_caching=config.prefix_caching,
+        compacts=builder is None or kind not in ATTENTION_AWARE,
     )
     return Engine(config, runner, manager, recorder)
 

@@ -83,7 +83,7 @@ class Worker:
 
     def _fail_stuck(self) -> None:
         """Nothing runs and the head of the queue still is not admitted: it waits for builds, or never fits."""
-        if any(s.index_state == "building" for s in self.manager.store):
+        if self.manager.num_pending_builds:
             time.sleep(0.005)
             return
         sequence = self.scheduler.waiting[0]
@@ -298,7 +298,8 @@ class Worker:
         self._events.setdefault(sequence.request.request_id, []).append(event)
 
     def report(self) -> None:
-        """Gauges: what runs, waits and is held."""
+        """Between two steps: take over what was built meanwhile, and show what runs, waits and is held."""
+        self.manager.settle()
         running, waiting = self.scheduler.running, self.scheduler.waiting
         unread = sum(s.num_remaining for s in waiting if s.context is None)
         self._recorder.running(len(running), len(waiting), unread)

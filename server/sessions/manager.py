@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from retrieval.builder import IndexBuilder
+from retrieval.compaction import Compactor
 from retrieval.context import Context, StaticSet, open_context
 from retrieval.geometry import Geometry
 from retrieval.methods.retrieval import QuerySample
@@ -54,13 +55,32 @@ class SessionManager:
         *,
         device: torch.device,
         prefix_caching: bool = True,
+        compacts: bool = True,
     ) -> None:
+        """compacts: merge the segments of a growing context; off for indexes that cannot be built without a prompt."""
         self.store = SegmentStore()
         self.budget = budget
         self.num_changes = 0  # grows whenever memory may have become free
         self._geometry, self._static, self._builder = geometry, static, builder
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
+        self._compactor = self._make_compactor() if compacts else None
         self._pins: set[PathHold] = set()  # their paths follow when segments are replaced
+
+    def _make_compactor(self) -> Compactor:
+        index_of = self._builder.merged if self._builder is not None else None
+        on_compacted = self._recorder.compaction
+        return Compactor(
+            self.store, self._static.seal_tokens, self._reserve_tokens, self.release, on_compacted, index_of
+        )
+
+    def _reserve_tokens(self, num_tokens: int) -> int | None:
+        num_bytes = self.worst_case_bytes(num_tokens)
+        return num_bytes if self.reserve(num_bytes) else None
+
+    def settle(self) -> None:
+        """Take over what background threads have finished. Between two steps only."""
+        if self._compactor is not None:
+            self._compactor.settle()
 
     @property
     def max_copied_tokens(self) -> int:
@@ -146,8 +166,9 @@ class SessionManager:
 
     @property
     def num_pending_builds(self) -> int:
-        """Segments waiting for their index or being indexed."""
-        return sum(s.index_state == "building" for s in self.store)
+        """Segments waiting for their index, being indexed or being merged."""
+        num_merges = self._compactor.num_pending if self._compactor is not None else 0
+        return sum(s.index_state == "building" for s in self.store) + num_merges
 
     # --- what is kept on purpose ----------------------------------------------------------------------
 
@@ -229,9 +250,15 @@ class SessionManager:
         """Block until every submitted index is built."""
         if self._builder is not None:
             self._builder.wait()
+        if self._compactor is not None:
+            self.settle()
+            self._compactor.wait()
+            self.settle()
 
     def shutdown(self) -> None:
         """Stop building."""
+        if self._compactor is not None:
+            self._compactor.close()
         if self._builder is not None:
             self._builder.close()
 
@@ -241,6 +268,8 @@ class SessionManager:
         self.store.drop_superseded(segment)
         self._index(segment, context.query_sample, context.online_codes)
         context.query_sample = context.online_codes = None
+        if self._compactor is not None:
+            self._compactor.consider(segment)
         return segment
 
     def _remove_idle(self) -> None:

@@ -34,6 +34,7 @@ def report_everything(recorder: Recorder) -> None:
     recorder.preemption()
     recorder.index_build("flat", 0.5, 11)
     recorder.index_builds_pending(3)
+    recorder.compaction(2, 20, 0.7)
     recorder.attention(0.6, 12, 13, 14)
     recorder.live_recall(0.9, 0.99)
     recorder.memory("host", "kv", 15)
