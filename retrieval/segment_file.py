@@ -1,10 +1,11 @@
-"""One segment as a file: K and V of all layers, its token ids and its place in the tree of segments.
+"""One segment as a file: K and V of all layers, its token ids, and what tells which tokens came before.
 
 Any thread. Knows nothing of directories, quotas or which file is wanted when.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,31 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 class SegmentRecord:
     """What a file says of its segment, K and V apart."""
 
-    digest: bytes
-    parent: bytes | None  # digest
-    parent_limit: int
+    digest: bytes  # of the segment
     start: int
-    salt_tag: str  # tells tenants apart without telling who they are
+    above: bytes  # digest of the salt and the tokens before `start`: no salt is stored in clear
     token_ids: TokenIds
+
+    @property
+    def end(self) -> int:
+        """Absolute position after the last token."""
+        return self.start + len(self.token_ids)
+
+
+class PrefixDigests:
+    """Digests of ever longer prefixes of one prompt, with its salt; positions must not go back."""
+
+    def __init__(self, salt: str, token_ids: TokenIds) -> None:
+        encoded = salt.encode()
+        self._digest = hashlib.blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=20, person=b"prefix")
+        self._ids, self._end = token_ids.astype("<i4"), 0
+
+    def at(self, end: int) -> bytes:
+        """Of the first `end` tokens."""
+        assert end >= self._end
+        self._digest.update(self._ids[self._end : end].tobytes())
+        self._end = end
+        return self._digest.copy().digest()
 
 
 def write_segment(path: Path, record: SegmentRecord, kv: KvBuffer, model: str) -> int:
@@ -39,10 +59,8 @@ def write_segment(path: Path, record: SegmentRecord, kv: KvBuffer, model: str) -
     description = {
         "model": model,
         "digest": record.digest.hex(),
-        "parent": None if record.parent is None else record.parent.hex(),
-        "parent_limit": record.parent_limit,
         "start": record.start,
-        "salt": record.salt_tag,
+        "above": record.above.hex(),
     }
     ids = np.ascontiguousarray(record.token_ids, dtype="<i4")
     tokens = TensorSource("token_ids", "I32", ids.shape, ids.nbytes, [[ids.data.cast("B")]])
@@ -77,9 +95,8 @@ def _record(file: TensorFileReader, path: Path, model: str) -> SegmentRecord:
     ids = np.empty(file.num_bytes("token_ids") // 4 if "token_ids" in file.names() else 0, dtype="<i4")
     file.check("token_ids", "I32", ids.shape, 1)
     file.read_block("token_ids", 0, ids.data.cast("B"))
-    parent = None if said["parent"] is None else bytes.fromhex(said["parent"])
-    digest = bytes.fromhex(said["digest"])
-    return SegmentRecord(digest, parent, said["parent_limit"], said["start"], said["salt"], ids.astype(np.int32))
+    digest, above = bytes.fromhex(said["digest"]), bytes.fromhex(said["above"])
+    return SegmentRecord(digest, said["start"], above, ids.astype(np.int32))
 
 
 def _named(kv: KvBuffer) -> Iterator[tuple[str, Tensor]]:

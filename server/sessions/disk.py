@@ -1,0 +1,305 @@
+"""Segments on disk: what one directory holds for this model, how it is found, and its quota.
+
+Owns the catalogue; the files are `disk_files`' and their format `retrieval.segment_file`'s. Every failure of the
+disk is counted and treated as a miss. Any thread may call; `write` and `read` take long.
+
+    DIRECTORY/lock                   held while a server runs
+    DIRECTORY/MODEL/DIGEST.segment   K and V, a safetensors file; the segment is there when this file is
+    DIRECTORY/MODEL/DIGEST.index     its indexes, if they were ready
+    DIRECTORY/MODEL/DIGEST.keep      empty: the quota leaves this segment alone
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from retrieval.geometry import Geometry
+from retrieval.index_files import IndexFiles
+from retrieval.kv_buffer import KvBuffer
+from retrieval.segment_file import PrefixDigests, SegmentRecord, read_record, read_segment, write_segment
+from retrieval.segment_index import SegmentIndex
+from retrieval.segments import TokenIds, common_prefix
+from retrieval.tensor_file import TensorFileError
+from server.engine.recorder import Recorder
+from server.sessions.disk_files import DiskFiles, lock_directory
+from server.sessions.policy import Candidate, choose_victims, prefill_seconds
+
+FREE_SHARE = 0.5  # of the file system's free bytes: the quota where none is given
+
+
+@dataclass(eq=False, slots=True)
+class DiskEntry:
+    """One segment on disk."""
+
+    record: SegmentRecord
+    kv_bytes: int
+    index_bytes: int = 0
+    last_used: float = field(default_factory=time.time)  # wall clock, as the file's mtime: it outlives the process
+    num_hits: int = 0
+    is_kept: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its files."""
+        return self.kv_bytes + self.index_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStats:
+    """What is held now."""
+
+    num_segments: int = 0
+    kv_bytes: int = 0
+    index_bytes: int = 0
+    limit_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a read brings into memory."""
+
+    record: SegmentRecord
+    kv: KvBuffer
+    index: SegmentIndex | None
+
+
+class Disk:
+    """The catalogue of one model's files."""
+
+    def __init__(
+        self,
+        files: DiskFiles,
+        lock: IO[str],
+        limit_bytes: int,
+        model: str,
+        geometry: Geometry,
+        indexes: IndexFiles | None,
+        recorder: Recorder,
+        pin_memory: bool = False,
+    ) -> None:
+        """model: fingerprint of what K and V are computed with. indexes: how they are written; None: not at all."""
+        self.limit_bytes = limit_bytes
+        self._files, self._lock, self._model, self._geometry = files, lock, model, geometry
+        self._indexes, self._recorder, self._pin_memory = indexes, recorder, pin_memory
+        self._entries: dict[bytes, DiskEntry] = {}
+        self._guard = threading.Lock()  # of the entries; never held while a file is touched
+
+    def scan(self) -> None:
+        """Fill the catalogue from the directory: headers and token ids are checked now, K and V when they are read."""
+        self._files.tidy()
+        for path in self._files.segments():
+            try:
+                record = read_record(path, self._model)
+                if record.digest.hex() != path.stem:
+                    raise TensorFileError(path, "damaged", "bears another segment's name")
+                status = path.stat()
+            except TensorFileError as error:
+                self._files.unusable(error)
+                if error.reason == "damaged":
+                    self._files.remove(bytes.fromhex(path.stem) if _is_hex(path.stem) else b"")
+                continue
+            index, is_kept = path.with_suffix(".index"), path.with_suffix(".keep").exists()
+            index_bytes = index.stat().st_size if index.exists() else 0
+            with self._guard:
+                entry = DiskEntry(record, status.st_size, index_bytes, status.st_mtime, is_kept=is_kept)
+                self._entries[record.digest] = entry
+
+    # --- what is there --------------------------------------------------------------------------------
+
+    def get(self, digest: bytes) -> DiskEntry | None:
+        """The entry of a segment whose K and V are safely on disk."""
+        with self._guard:
+            return self._entries.get(digest)
+
+    def entries(self) -> list[DiskEntry]:
+        """All entries now."""
+        with self._guard:
+            return list(self._entries.values())
+
+    def stats(self) -> DiskStats:
+        """Figures for metrics."""
+        entries = self.entries()
+        kv_bytes, index_bytes = sum(e.kv_bytes for e in entries), sum(e.index_bytes for e in entries)
+        return DiskStats(len(entries), kv_bytes, index_bytes, self.limit_bytes)
+
+    def longer_than(self, reach: int, token_ids: TokenIds, salt: str) -> list[tuple[DiskEntry, int]]:
+        """Entries that, one after the other, carry a prefix of `reach` tokens further, each with its tokens matched.
+
+        How the prefix before them is cut does not matter, nor where it is held.
+        """
+        found = [
+            (entry, entry.record.start + common_prefix(entry.record.token_ids, token_ids[entry.record.start :]))
+            for entry in self._continuing(token_ids, salt)
+        ]
+        chain: list[tuple[DiskEntry, int]] = []
+        while further := [(entry, end) for entry, end in found if entry.record.start <= reach < end]:
+            entry, reach = max(further, key=lambda item: item[1])
+            chain.append((entry, reach - entry.record.start))
+        return chain
+
+    def _continuing(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:
+        """Entries whose tokens before their own are the prompt's."""
+        entries = [e for e in self.entries() if e.record.start < len(token_ids)]
+        digests = PrefixDigests(salt, token_ids)
+        above = {start: digests.at(start) for start in sorted({e.record.start for e in entries})}
+        return [e for e in entries if above[e.record.start] == e.record.above]
+
+    def touch(self, digest: bytes) -> None:
+        """Note a use; on the disk itself at most once a minute."""
+        entry, now = self.get(digest), time.time()
+        if entry is not None:
+            entry.num_hits += 1
+            if now - entry.last_used > 60.0:
+                self._files.touch(digest)
+            entry.last_used = now
+
+    def keep(self, digest: bytes, is_kept: bool) -> None:
+        """Whether the quota must leave this entry alone; survives a restart."""
+        entry = self.get(digest)
+        if entry is not None and entry.is_kept != is_kept:
+            entry.is_kept = is_kept
+            self._files.mark(digest, is_kept)
+
+    # --- writing --------------------------------------------------------------------------------------
+
+    def write(
+        self, record: SegmentRecord, kv: KvBuffer, index: SegmentIndex | None, salt: str, context_ids: TokenIds
+    ) -> bool:
+        """Put a segment on disk unless it is there; whether it is now. `context_ids`: all tokens from 0 to its end."""
+        if self.get(record.digest) is None:
+            needed = kv.nbytes + 4 * len(record.token_ids) + (0 if index is None else index.nbytes) + 65536
+            if not self._make_room(needed):
+                self._files.failed("kv_disk_full", f"no room for {needed} bytes in {self._files.folder}")
+                return False
+            written = self._files.write(
+                record.digest, "segment", lambda path: write_segment(path, record, kv, self._model)
+            )
+            if written is None:
+                return False
+            with self._guard:
+                self._entries[record.digest] = DiskEntry(record, written)
+            self._drop_superseded(record, salt, context_ids)
+        if index is not None:
+            self._write_index(record.digest, index)
+        return True
+
+    def _write_index(self, digest: bytes, index: SegmentIndex) -> None:
+        entry, indexes = self.get(digest), self._indexes
+        if entry is not None and not entry.index_bytes and indexes is not None:
+            entry.index_bytes = self._files.write(digest, "index", lambda p: indexes.write(p, digest, index)) or 0
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Whether quota and file system take so many bytes, after the least valuable entries have gone."""
+        entries = self.entries()
+        room = min(self.limit_bytes - sum(e.num_bytes for e in entries), self._files.free_bytes())
+        if room >= num_bytes or num_bytes > self.limit_bytes:
+            return room >= num_bytes
+        now = time.time()
+        victims = choose_victims([_candidate(e, now) for e in entries if not e.is_kept], num_bytes - room)
+        if room + sum(e.num_bytes for e in entries if e.record.digest in set(victims)) < num_bytes:
+            return False
+        for digest in victims:
+            self.remove(digest, "quota")
+        return True
+
+    def _drop_superseded(self, record: SegmentRecord, salt: str, context_ids: TokenIds) -> None:
+        """Remove what the new entry holds too: parts it was merged from, earlier turns of the same chat."""
+        for entry in self._continuing(context_ids, salt):
+            other = entry.record
+            if other.digest == record.digest or other.start < record.start or other.end > record.end:
+                continue
+            if np.array_equal(other.token_ids, context_ids[other.start : other.end]):
+                if entry.is_kept:
+                    self.keep(record.digest, True)
+                self.remove(other.digest, "superseded")
+
+    # --- reading --------------------------------------------------------------------------------------
+
+    def read(self, digest: bytes) -> Stored | None:
+        """A segment read and checked as a whole; None, and the entry is forgotten, if that cannot be."""
+        path = self._files.path(digest, "segment")
+        try:
+            record, kv = read_segment(path, self._model, self._geometry, self._pin_memory)
+            if record.digest != digest:
+                raise TensorFileError(path, "damaged", "bears another segment's name")
+        except TensorFileError as error:
+            self._files.unusable(error)
+            self.remove(digest, error.reason, delete=error.reason == "damaged")
+            return None
+        self.touch(digest)
+        return Stored(record, kv, self._read_index(record, kv))
+
+    def _read_index(self, record: SegmentRecord, kv: KvBuffer) -> SegmentIndex | None:
+        entry = self.get(record.digest)
+        if self._indexes is None or entry is None or not entry.index_bytes:
+            return None
+        index = None
+        try:
+            index = self._indexes.read(self._files.path(record.digest, "index"), record.digest, record.start, kv)
+        except TensorFileError as error:
+            self._files.unusable(error)
+        if index is None:  # damaged, or built otherwise: the next write puts a better one there
+            entry.index_bytes = 0
+            self._files.remove(record.digest, ("index",))
+        return index
+
+    def remove(self, digest: bytes, reason: str, delete: bool = True) -> int:
+        """Forget an entry, and delete its files; returns the bytes freed."""
+        with self._guard:
+            entry = self._entries.pop(digest, None)
+        if entry is None:
+            return 0
+        if delete:
+            self._files.remove(digest)
+        self._recorder.eviction("disk", reason, entry.num_bytes)
+        return entry.num_bytes
+
+    def close(self) -> None:
+        """Let another server have the directory."""
+        self._lock.close()
+
+
+def open_disk(
+    directory: Path,
+    limit_bytes: int,
+    model: str,
+    geometry: Geometry,
+    indexes: IndexFiles | None,
+    recorder: Recorder,
+    pin_memory: bool = False,
+) -> Disk:
+    """Lock and read a directory; `limit_bytes` 0: by what is free. Raises `OSError` if it cannot be used."""
+    lock = lock_directory(directory)
+    try:
+        files = DiskFiles(directory / model[:32], recorder)
+        disk = Disk(files, lock, limit_bytes, model, geometry, indexes, recorder, pin_memory)
+        disk.scan()
+    except BaseException:
+        lock.close()
+        raise
+    if not limit_bytes:
+        disk.limit_bytes = disk.stats().kv_bytes + disk.stats().index_bytes + int(FREE_SHARE * files.free_bytes())
+    return disk
+
+
+def _candidate(entry: DiskEntry, now: float) -> Candidate:
+    """An entry as the policy sees it: what is lost is the prefill, less nothing (reading it is fast)."""
+    return Candidate(
+        key=entry.record.digest,
+        parent=None,  # use reaches all of a path, so what comes before is never older than what follows
+        num_bytes=entry.num_bytes,
+        rebuild_seconds=prefill_seconds(entry.record.start, len(entry.record.token_ids)),
+        idle_seconds=max(0.0, now - entry.last_used),
+        num_references=0,
+        num_hits=entry.num_hits,
+    )
+
+
+def _is_hex(text: str) -> bool:
+    return len(text) % 2 == 0 and all(c in "0123456789abcdef" for c in text)
