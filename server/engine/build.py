@@ -21,6 +21,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.recorder import Recorder
 from server.sessions.budget import Budget, default_host_budget
 from server.sessions.manager import SessionManager
+from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
         prefix_caching=config.prefix_caching,
         compacts=builder is None or kind not in ATTENTION_AWARE,
     )
-    return Engine(config, runner, manager, recorder)
+    return Engine(config, runner, manager, SessionRegistry(manager, recorder), recorder)
 
 
 def load_core(config: EngineConfig, recorder: Recorder) -> Any:

@@ -12,7 +12,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from server.engine.config import EngineConfig
 from server.engine.events import Done, Failure
@@ -20,6 +23,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.recorder import Recorder
 from server.engine.request import Request
 from server.engine.sequence import RequestState, Sequence
+from server.engine.sessions import EngineSessions
 from server.engine.stream import Batch, RequestStream, deliver
 from server.engine.worker import Worker
 from server.errors import (
@@ -30,6 +34,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.sessions.manager import SessionManager
+from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +47,42 @@ class EndOrder:
     choice: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something short to do on the engine thread, and who waits for it."""
+
+    work: Callable[[], Any]
+    future: Future[Any]
+
+    def run(self) -> None:
+        """Never raises: whoever waits is told."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.work())
+        except Exception as error:
+            self.future.set_exception(error)
+
+
 class Engine:
     """Runs one model. `start` once, `submit` many times, `stop` once."""
 
-    def __init__(self, config: EngineConfig, runner: ModelRunner, manager: SessionManager, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        manager: SessionManager,
+        sessions: SessionRegistry,
+        recorder: Recorder,
+    ) -> None:
         self.config = config
         self.model_name = config.model
         self.max_model_len = config.max_model_len or runner.max_position
         self._runner, self._manager = runner, manager
-        self._worker = Worker(config, runner, manager, recorder, self._started)
+        self._worker = Worker(config, runner, manager, sessions, recorder, self._started)
+        self.sessions = EngineSessions(self.between_steps, sessions)
         self._wake = threading.Condition()
-        self._inbox: deque[Sequence | EndOrder] = deque()  # new first choices, and what to end; guarded by _wake
+        self._inbox: deque[Sequence | EndOrder | Task] = deque()  # new first choices, and what to end; guarded by _wake
         self._streams: dict[str, RequestStream] = {}  # guarded by _wake; an id leaves with its last event
         self._queued: dict[str, int] = {}  # id -> prompt tokens of requests not started; guarded by _wake
         self._is_stopping = False
@@ -90,6 +120,16 @@ class Engine:
             self._wake.notify()
         return stream
 
+    async def between_steps(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on the engine thread between two steps; returns or raises what it does."""
+        task = Task(work, Future())
+        with self._wake:
+            if not self.is_alive or self._failure is not None:
+                raise UnavailableError("the engine has stopped", code="engine_dead")
+            self._inbox.append(task)
+            self._wake.notify()
+        return await asyncio.wrap_future(task.future)
+
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let the running ones finish for `drain_seconds`, fail the rest, end the thread."""
         with self._wake:
@@ -121,14 +161,14 @@ class Engine:
             if any(not 0 <= token_id < self._runner.vocab_size for token_id in ids):
                 raise InvalidRequestError(f"{name} names a token outside the vocabulary", param=name)
         room = self.max_model_len - num_prompt
-        if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
+        if room < (0 if params.max_tokens == 0 else 1) or (params.max_tokens is not None and params.max_tokens > room):
             asked = f" and {params.max_tokens} tokens of answer were asked for" if params.max_tokens else ""
             raise ContextLengthError(
                 f"This model's maximum context length is {self.max_model_len} tokens; "
                 f"the prompt has {num_prompt}{asked}.",
                 param="messages",
             )
-        request = replace(request, max_new_tokens=params.max_tokens or room)
+        request = replace(request, max_new_tokens=room if params.max_tokens is None else params.max_tokens)
         return self._fitted(request)
 
     def _fitted(self, request: Request) -> Request:
@@ -187,13 +227,14 @@ class Engine:
         """Accept new sequences and aborts; sleep while there is nothing to do."""
         with self._wake:
             while not self._inbox and not self._worker.has_work and self._failure is None:
-                is_building = self._worker.manager.num_pending_builds > 0
-                if not self._wake.wait(0.2 if is_building else None):
+                if not self._wake.wait(self._worker.idle_seconds()):
                     self._worker.report()
             taken, self._inbox = list(self._inbox), deque()
         for item in taken:
             if isinstance(item, Sequence):
                 self._worker.add(item)
+            elif isinstance(item, Task):
+                item.run()
             elif item.choice is None:
                 self._worker.abort(item.request_id)
             else:

@@ -25,6 +25,7 @@ from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
 from server.sessions.manager import SessionManager
+from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,11 @@ class Worker:
         config: EngineConfig,
         runner: ModelRunner,
         manager: SessionManager,
+        sessions: SessionRegistry,
         recorder: Recorder,
         on_started: Callable[[str], None],
     ) -> None:
-        self.manager, self.runner = manager, runner
+        self.manager, self.runner, self.sessions = manager, runner, sessions
         self._recorder, self._on_started = recorder, on_started
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.step_time_budget_ms / 1000)
         self.scheduler = Scheduler(limits, self._admit)
@@ -57,6 +59,7 @@ class Worker:
     def add(self, sequence: Sequence) -> None:
         """Queue a request by its first choice."""
         self._by_request[sequence.request.request_id] = [sequence]
+        self.sessions.queued(sequence.request)
         self.scheduler.add(sequence)
 
     def take_events(self) -> dict[str, list[Event]]:
@@ -111,6 +114,7 @@ class Worker:
             sequence.refused_at = self.manager.num_changes
             return False
         sequence.context, sequence.num_computed = context, context.num_tokens
+        self.sessions.opened(request, context)
         state.num_reserved_bytes, state.num_cached_tokens = needed, context.num_tokens
         state.started = time.monotonic()
         self._on_started(request.request_id)
@@ -205,6 +209,7 @@ class Worker:
         for choice in range(1, n):
             twin = Sequence(sequence.state, choice, list(sequence.token_ids), num_computed=sequence.num_computed)
             twin.context = sequence.context.fork()
+            self.sessions.opened(sequence.request, twin.context)
             self._prepare_sampling(twin)
             siblings.append(twin)
             self.scheduler.add_running(twin)
@@ -213,6 +218,9 @@ class Worker:
     def _sample(self, sequence: Sequence, logits: Tensor) -> None:
         """Choose the next token, tell the request, and end the choice when it is over."""
         state, params = sequence.state, sequence.request.sampling
+        if sequence.request.max_new_tokens == 0:  # the prompt was to be read, and nothing else
+            self._finish(sequence, "length", None)
+            return
         chosen = sample(logits, params, sequence.sampler_state, sequence.num_generated, sequence.stop_ids)
         now = time.monotonic()
         if state.first_token is None:
@@ -237,7 +245,7 @@ class Worker:
         """One choice is over; the last one ends the request."""
         state = sequence.state
         self.scheduler.remove(sequence)
-        self.manager.close(sequence.context, sequence.token_ids)
+        self._close(sequence)
         self._emit(sequence, Finish(sequence.choice, reason, stop_token_id))
         state.num_unfinished -= 1
         if state.num_unfinished == 0:
@@ -261,11 +269,16 @@ class Worker:
             if sequence.status != "finished":
                 self.scheduler.remove(sequence)
                 if sequence.context is not None:
-                    self.manager.close(sequence.context, sequence.token_ids)
+                    self._close(sequence)
                 self._emit(sequence, Finish(sequence.choice, "abort"))
         state = sequences[0].state
         usage = Usage(sequences[0].num_prompt_tokens, state.num_cached_tokens, state.num_generated, None)
         self._end(state, "abort", Done(usage))
+
+    def _close(self, sequence: Sequence) -> None:
+        """Its context ends; what was computed stays cached, as the context of its session."""
+        self.sessions.closing(sequence.request, sequence.context, sequence.token_ids)
+        self.manager.close(sequence.context, sequence.token_ids)
 
     def _fail_request(self, state: RequestState, error: ServerError) -> None:
         """End all choices of one request in an error; nothing of it is kept."""
@@ -283,6 +296,7 @@ class Worker:
             return
         self.manager.release(state.num_reserved_bytes)
         state.num_reserved_bytes = 0
+        self.sessions.ended(state.request, last.error.message if isinstance(last, Failure) else None)
         self._events.setdefault(request_id, []).append(last)
         self._recorder.ended(reason, state.num_generated, _times(state, time.monotonic()))
 
@@ -315,6 +329,11 @@ class Worker:
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
+        self.sessions.report()
+
+    def idle_seconds(self) -> float | None:
+        """How long nothing will happen by itself while there is no work; None: ever."""
+        return 0.2 if self.manager.num_pending_builds else self.sessions.seconds_to_expiry()
 
 
 def _work(chunk: Chunk) -> Work:

@@ -1,0 +1,124 @@
+"""Files of saved sessions: name, salt and token ids, so that a session is known again after a restart.
+
+One file per session, named by a hash, so that no name leads out of the folder; written beside, flushed and renamed.
+A file that cannot be read, or was written for another model, is passed over. Knows nothing of K and V.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retrieval.segments import TokenIds
+from server.engine.session_info import SessionKey
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SUFFIX = ".session"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionRecord:
+    """What outlives the process. Times are seconds since 1970."""
+
+    key: SessionKey
+    created: float
+    saved_at: float
+    token_ids: TokenIds
+
+
+class SessionRecords:
+    """A folder of records of one model; made when the first one is written. Readable by this user only."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self._folder, self._model = folder, model
+
+    def load(self) -> list[SessionRecord]:
+        """All records of this model; what cannot be read is logged and passed over."""
+        return list(self._readable())
+
+    def write(self, record: SessionRecord) -> None:
+        """Keep a record; it replaces an older one whole, or not at all. Raises OSError."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._path(record.key)
+        beside = path.with_suffix(".new")
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_encoded(record, self._model))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        self._flush_folder()
+
+    def delete(self, key: SessionKey) -> None:
+        """Forget a record; one that is not there is forgotten already."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _readable(self) -> Iterator[SessionRecord]:
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            try:
+                record = _decoded(path.read_bytes(), self._model)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                logger.warning("the session in %s is passed over: %s", path, error)
+                continue
+            if path == self._path(record.key):
+                yield record
+
+    def _path(self, key: SessionKey) -> Path:
+        digest = hashlib.blake2b(digest_size=20)
+        for part in (key.owner, key.salt, key.name):
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        return self._folder / f"{digest.hexdigest()}{SUFFIX}"
+
+    def _flush_folder(self) -> None:
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _encoded(record: SessionRecord, model: str) -> bytes:
+    """A line with the checksum of the rest, then JSON."""
+    body = json.dumps(
+        {
+            "format": FORMAT,
+            "model": model,
+            "owner": record.key.owner,
+            "salt": record.key.salt,
+            "name": record.key.name,
+            "created": record.created,
+            "saved_at": record.saved_at,
+            "token_ids": base64.b64encode(record.token_ids.astype("<i4").tobytes()).decode(),
+        }
+    ).encode()
+    return _checksum(body) + b"\n" + body
+
+
+def _decoded(content: bytes, model: str) -> SessionRecord:
+    """Raises ValueError, KeyError or TypeError for what `_encoded` did not write for this model."""
+    checksum, _, body = content.partition(b"\n")
+    if checksum != _checksum(body):
+        raise ValueError("it is damaged")
+    said = json.loads(body)
+    if (said["format"], said["model"]) != (FORMAT, model):
+        raise ValueError("it was written for another model or in another format")
+    ids = np.frombuffer(base64.b64decode(said["token_ids"]), dtype="<i4").astype(np.int32)
+    return SessionRecord(SessionKey(said["owner"], said["salt"], said["name"]), said["created"], said["saved_at"], ids)
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=16).hexdigest().encode()
