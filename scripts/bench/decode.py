@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, dict[str, float]
     builder.watch(context)
     started = time.perf_counter()
     for begin in range(0, length, CHUNK_TOKENS):
-        runner.run([Work(context, tokens[begin : begin + CHUNK_TOKENS], False, False)])
+        runner.run([Work(context, tokens[begin : begin + CHUNK_TOKENS], False, 0)])
     print(f"\n{length} tokens read in {time.perf_counter() - started:.1f} s")
     segment = context.seal(np.array(tokens, dtype=np.int32))
     builder.submit(segment, None, context.online_codes)
@@ -128,7 +128,7 @@ def decode(variant: Variant, context: Context, token: int, num_steps: int) -> No
     fork, visible, scored = context.fork(), 0, 0
     for step in range(num_steps + 2):
         started = time.perf_counter()
-        result = variant.runner.run([Work(fork, [token], True, True)])
+        result = variant.runner.run([Work(fork, [token], True, 1)])
         token = int(result.logits[0].argmax())
         if step >= 2:
             variant.step_seconds.append(time.perf_counter() - started)

@@ -68,9 +68,8 @@ class Choice:
         sampling = request.sampling
         self._index = index
         self._min_tokens = sampling.min_tokens
-        self._hidden = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else tokenizer.eos_token_ids
-        )
+        shows_eos = sampling.ignore_eos and request.make_constraint is None
+        self._hidden = frozenset(sampling.stop_token_ids) | (frozenset() if shows_eos else tokenizer.eos_token_ids)
         self._detokenizer = Detokenizer(
             tokenizer, request.prompt_token_ids, skip_special_tokens=options.skip_special_tokens
         )

@@ -1,4 +1,5 @@
-"""What the engine tells about a request, in order: Progress*, then Token* and Finish per choice, then Done or Failure.
+"""What the engine tells about a request, in order: Progress* and PromptLogprobs* as the prompt is read, then Token* and
+Finish per choice, then Done or Failure.
 
 Made on the engine thread, consumed on the event loop; values only.
 """
@@ -7,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from server.errors import ServerError
 
@@ -27,6 +31,20 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Scores of the prompt's tokens from position `start` on, when asked for; there is none of the first token.
+
+    Arrays, since there may be as many as the context is long. Per token the first column is the token itself, the
+    others the `num_prompt_logprobs` most likely ones, descending; ranks count from 1.
+    """
+
+    start: int
+    token_ids: NDArray[np.int32]  # [num_tokens, 1 + num_prompt_logprobs]
+    logprobs: NDArray[np.float32]  # the same shape; natural log, before sampling filters
+    ranks: NDArray[np.int32]  # [num_tokens], of the token itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +90,4 @@ class Failure:
     error: ServerError
 
 
-Event = Progress | Token | Finish | Done | Failure
+Event = Progress | PromptLogprobs | Token | Finish | Done | Failure

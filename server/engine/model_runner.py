@@ -38,12 +38,12 @@ class Work:
     context: Context
     tokens: list[int]
     is_decode: bool
-    wants_logits: bool  # of its last token
+    num_logits: int  # wanted, of its last tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """logits float32 `[num_wanting, vocab_size]` on the CPU, in the order of the work that wants them."""
+    """logits float32 `[sum of num_logits, vocab_size]` on the CPU, in the order of the work."""
 
     logits: Tensor
     decode_attention_seconds: float  # summed over layers and sequences
@@ -104,8 +104,9 @@ class ModelRunner:
             row += len(item.tokens)
         report = DecodeReport(keep_queries_of=self._sampled_layer(len(decodes)))
         step = Step(decodes, prefills, self._method, self._decoder, report)
-        ends = [span.row + span.num_tokens - 1 for span in (*decodes, *prefills)]
-        logits = self._forward(work, [end for end, item in zip(ends, work, strict=True) if item.wants_logits], step)
+        ends = [span.row + span.num_tokens for span in (*decodes, *prefills)]
+        wanted = [row for end, w in zip(ends, work, strict=True) for row in range(end - w.num_logits, end)]
+        logits = self._forward(work, wanted, step)
         self._probe_queries(step)
         for item in work:
             item.context.tail.commit(len(item.tokens))

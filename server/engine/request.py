@@ -29,6 +29,7 @@ class SamplingParams:
     seed: int | None = None  # None: drawn once per request
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias in [-100, 100])
     num_logprobs: int | None = None  # None: no logprobs; 0: the chosen token's only
+    num_prompt_logprobs: int | None = None  # the same for the prompt, which is then read whole, cached or not
     stop_token_ids: tuple[int, ...] = ()  # besides the model's eos ids
     ignore_eos: bool = False
 

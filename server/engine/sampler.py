@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.constraint import LogitsConstraint
-from server.engine.events import TokenLogprob
+from server.engine.events import PromptLogprobs, TokenLogprob
 from server.engine.request import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-5  # below it softmax is one-hot, and float32 may turn the temperature into 0; as in vLLM
@@ -84,7 +84,10 @@ def sample(
 def _bias(
     logits: Tensor, params: SamplingParams, state: SamplerState, num_generated: int, end_ids: frozenset[int]
 ) -> Tensor:
-    """Logit bias, and what grammar and `min_tokens` forbid. A grammar that ended leaves only the end tokens."""
+    """Logit bias, and what grammar and `min_tokens` forbid.
+
+    A grammar that has been followed to its end leaves only the end tokens: `min_tokens` yields to it then.
+    """
     forbidden = end_ids if num_generated < params.min_tokens else frozenset[int]()
     if not forbidden and not params.logit_bias and state.constraint is None:
         return logits
@@ -94,8 +97,9 @@ def _bias(
     if state.constraint is not None:
         allowed = torch.from_numpy(state.constraint.allowed_tokens(len(logits)))
         logits = logits.masked_fill(~allowed, float("-inf"))
-    logits[list(forbidden)] = float("-inf")
-    return logits
+    longer = logits.index_fill(0, torch.tensor(list(forbidden), dtype=torch.int64), float("-inf"))
+    is_at_end = state.constraint is not None and bool(torch.isneginf(longer.max()))
+    return logits if is_at_end else longer
 
 
 def penalise(logits: Tensor, params: SamplingParams, state: SamplerState) -> Tensor:
@@ -134,6 +138,25 @@ def _kept(ordered: Tensor, params: SamplingParams) -> Tensor:
         keep &= before < params.top_p * kept.sum()
     keep[0] = True
     return keep
+
+
+def score_prompt(logits: Tensor, start: int, token_ids: list[int], num_top: int) -> PromptLogprobs:
+    """How likely each of `token_ids`, the first of which stands at `start`, was after what precedes it.
+
+    logits: float32 `[len(token_ids), vocab_size]`, of the rows before them. Raises `NonFiniteLogitsError`.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    if bool(torch.isnan(logprobs).any()):
+        raise NonFiniteLogitsError("the logits are not finite")
+    ids = torch.tensor(token_ids)[:, None]
+    own = logprobs.gather(1, ids)
+    best, best_ids = torch.topk(logprobs, min(num_top, logprobs.shape[-1]), dim=-1)
+    return PromptLogprobs(
+        start,
+        torch.cat((ids, best_ids), dim=1).to(torch.int32).numpy(),
+        torch.cat((own, best), dim=1).clamp_min(MIN_LOGPROB).numpy(),
+        (logprobs > own).sum(-1, dtype=torch.int32).numpy() + 1,
+    )
 
 
 def _with_logprobs(token_id: int, logits: Tensor, num_logprobs: int | None) -> Sampled:

@@ -15,6 +15,7 @@ from server.engine.sequence import Sequence
 
 FAIR_SHARE = 4
 MIN_CHUNK_TOKENS = 16  # progress even where the time budget is tight
+MAX_SCORED_TOKENS = 256  # of a step, of prompts that are scored: each one's logits take vocab_size floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +175,13 @@ class Scheduler:
         budgeted = has_decodes and self._limits.step_time_budget_seconds > 0
         seconds = max(0.0, self._limits.step_time_budget_seconds - self.cost.decode_seconds)
         chunks: list[Chunk] = []
+        num_scorable = MAX_SCORED_TOKENS
         for sequence in self._prefill_order():
             if token_budget <= 0 or (budgeted and chunks and seconds <= 0):
                 break
             num_tokens = min(sequence.num_remaining, token_budget)
+            if sequence.scores_prompt:
+                num_tokens = min(num_tokens, num_scorable)
             if budgeted:
                 fitting = self.cost.chunk_tokens(seconds, sequence.num_computed)
                 num_tokens = min(num_tokens, max(fitting, 0 if chunks else MIN_CHUNK_TOKENS))
@@ -187,6 +191,7 @@ class Scheduler:
             if num_tokens > 0:
                 sequence.last_chunk_step = self._step_number
                 chunks.append(Chunk(sequence, num_tokens, False))
+                num_scorable -= num_tokens * sequence.scores_prompt
                 token_budget -= num_tokens
         return chunks
 

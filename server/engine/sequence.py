@@ -63,6 +63,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """Wants log-probabilities of the prompt, which it is still reading."""
+        return self.request.sampling.num_prompt_logprobs is not None and self.num_generated == 0
+
+    @property
     def is_prefilling(self) -> bool:
         """Has more than the newest generated token to compute."""
         return self.num_generated == 0 or self.num_remaining > 1

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from server.engine.config import EngineConfig
@@ -20,7 +21,7 @@ from server.engine.model_runner import ModelRunner, StepResult, Work
 from server.engine.progress import PrefillProgress
 from server.engine.recorder import Recorder, RequestTimes
 from server.engine.request import Request
-from server.engine.sampler import make_state, sample
+from server.engine.sampler import make_state, sample, score_prompt
 from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
@@ -107,7 +108,8 @@ class Worker:
             return False  # nothing was freed since the last try
         state, request = sequence.state, sequence.request
         total = len(request.prompt_token_ids) + request.max_new_tokens
-        context = self.manager.open(sequence.token_ids, request.cache_salt, total)
+        is_scored = request.sampling.num_prompt_logprobs is not None  # K and V alone tell no logits
+        context = self.manager.open(sequence.token_ids, request.cache_salt, total, reuse=not is_scored)
         needed = self.worst_case_bytes(request, context.tail_start)
         if not self.manager.reserve(needed):
             self.manager.drop(context)
@@ -134,7 +136,8 @@ class Worker:
         sequence.sampler_state = make_state(
             request.sampling, request.prompt_token_ids, sequence.choice, seed, self.runner.vocab_size, constraint
         )
-        eos = frozenset[int]() if request.sampling.ignore_eos else self.runner.end_ids
+        goes_on = request.sampling.ignore_eos and constraint is None  # nothing may follow the end of a grammar
+        eos = frozenset[int]() if goes_on else self.runner.end_ids
         sequence.stop_ids = eos | frozenset(request.sampling.stop_token_ids)
 
     def _run_chunks(self, chunks: list[Chunk]) -> bool:
@@ -165,20 +168,19 @@ class Worker:
                 chunk.sequence.state.num_scored += result.num_scored // num_decodes
 
     def _finish_chunks(self, chunks: list[Chunk], result: StepResult) -> None:
-        rows = iter(result.logits)
-        for chunk in chunks:
+        rows = torch.split(result.logits, [_num_logits(chunk) for chunk in chunks])
+        for chunk, logits in zip(chunks, rows, strict=True):
             sequence = chunk.sequence
             is_last = chunk.num_tokens == sequence.num_remaining
             sequence.num_computed += chunk.num_tokens
-            logits = next(rows) if is_last else None
             if sequence.status == "finished":
                 continue  # a sibling's failure has ended the request within this step
-            if not chunk.is_decode:
-                self._prefilled(sequence)
             try:
-                for choice in self._forked(sequence) if logits is not None else []:
-                    assert logits is not None
-                    self._sample(choice, logits)
+                if not chunk.is_decode:
+                    self._prefilled(sequence)
+                    self._score_prompt(sequence, logits)
+                for choice in self._forked(sequence) if is_last else []:
+                    self._sample(choice, logits[-1])
             except Exception as error:
                 logger.exception("sampling for request %s failed", sequence.request.request_id)
                 self._fail_request(sequence.state, _as_server_error(error))
@@ -192,6 +194,16 @@ class Worker:
             self.runner.prefill_done(sequence.context)
             self._sealed(sequence, self.manager.prompt_done(sequence.context, sequence.token_ids))
             self._recorder.prompt(sequence.num_prompt_tokens, sequence.state.num_cached_tokens)
+
+    def _score_prompt(self, sequence: Sequence, logits: Tensor) -> None:
+        """Log-probabilities of the tokens that follow the chunk's rows; the last row of a prompt has none."""
+        num_top = sequence.request.sampling.num_prompt_logprobs
+        if num_top is None:
+            return
+        start = sequence.num_computed - len(logits) + 1
+        follow = sequence.token_ids[start : sequence.num_computed + 1]
+        if follow:
+            self._emit(sequence, score_prompt(logits[: len(follow)], start, follow, num_top))
 
     def _sealed(self, sequence: Sequence, num_tokens: int) -> None:
         """K and V that a segment holds now are no longer reserved; what its index may need still is."""
@@ -339,7 +351,14 @@ class Worker:
 def _work(chunk: Chunk) -> Work:
     sequence = chunk.sequence
     tokens = sequence.token_ids[sequence.num_computed : sequence.num_computed + chunk.num_tokens]
-    return Work(sequence.context, tokens, chunk.is_decode, chunk.num_tokens == sequence.num_remaining)
+    return Work(sequence.context, tokens, chunk.is_decode, _num_logits(chunk))
+
+
+def _num_logits(chunk: Chunk) -> int:
+    """All rows where the prompt itself is scored, else the last row, if a token follows it."""
+    if chunk.sequence.scores_prompt and not chunk.is_decode:
+        return chunk.num_tokens
+    return int(chunk.num_tokens == chunk.sequence.num_remaining)
 
 
 def _times(state: RequestState, now: float) -> RequestTimes:

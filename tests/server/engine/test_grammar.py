@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.engine.constraint import LogitsConstraint
+from server.engine.events import Finish, Token
 from server.engine.grammar import GrammarCompiler, GrammarSpec
+from server.engine.request import Request, SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequestError
 
@@ -144,3 +146,31 @@ def test_what_cannot_be_followed_is_the_callers_error(compiler: GrammarCompiler,
     with pytest.raises(InvalidRequestError) as error:
         make(compiler, kind, source)
     assert error.value.param == "response_format"
+
+
+@pytest.mark.parametrize("sampling", [{"min_tokens": 30}, {"ignore_eos": True}, {"min_tokens": 30, "ignore_eos": True}])
+async def test_answer_ends_with_its_grammar_whatever_else_is_asked(
+    sampling: dict[str, Any], compiler: GrammarCompiler, make_engine: Any, tokenizer: Tokenizer
+) -> None:
+    make_constraint = await compiler.compile(GrammarSpec("choice", ["yes", "no"], "x"))
+    engine = make_engine()
+    engine._runner.end_ids = tokenizer.eos_token_ids
+    params = SamplingParams(max_tokens=40, **sampling)
+    events = [e async for e in engine.submit(Request("r", (5, 6, 7), params, make_constraint=make_constraint))]
+    assert [e.reason for e in events if isinstance(e, Finish)] == ["stop"]
+    token_ids = [e.token_id for e in events if isinstance(e, Token)]
+    assert tokenizer.decode(token_ids) in ("yes", "no")
+
+
+async def test_min_tokens_keeps_an_answer_going_that_its_grammar_lets_go_on(
+    compiler: GrammarCompiler, make_engine: Any, tokenizer: Tokenizer
+) -> None:
+    make_constraint = await compiler.compile(GrammarSpec("regex", "a*", "x"))
+    engine = make_engine()
+    engine._runner.end_ids = tokenizer.eos_token_ids
+    (eos,) = tokenizer.eos_token_ids
+    params = SamplingParams(max_tokens=40, min_tokens=7, logit_bias=((eos, 100.0),))
+    events = [e async for e in engine.submit(Request("r", (5, 6, 7), params, make_constraint=make_constraint))]
+    token_ids = [e.token_id for e in events if isinstance(e, Token)]
+    assert len(token_ids) == 8
+    assert set(tokenizer.decode(token_ids)) == {"a"}

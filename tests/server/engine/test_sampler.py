@@ -244,6 +244,34 @@ def test_a_constraint_masks_tokens_and_sees_those_chosen() -> None:
     assert constraint.accepted == chosen
 
 
+class Only:
+    """Allows some tokens."""
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = list(token_ids)
+
+    def allowed_tokens(self, vocab_size: int) -> Any:
+        allowed = np.zeros(vocab_size, dtype=np.bool_)
+        allowed[self.token_ids] = True
+        return allowed
+
+    def accept(self, token_id: int) -> None: ...
+
+
+@pytest.mark.parametrize("end_ids", [frozenset({2}), frozenset({2, 4})])
+def test_min_tokens_yields_to_a_grammar_that_has_come_to_its_end(end_ids: frozenset[int]) -> None:
+    params = SamplingParams(min_tokens=5)
+    state = make_state(params, (), 0, 0, VOCAB, Only(*end_ids))
+    assert sample(LOGITS, params, state, 0, end_ids).token_id in end_ids
+
+
+def test_min_tokens_keeps_a_grammar_going_that_may_go_on() -> None:
+    params = SamplingParams(min_tokens=5, temperature=9.0, logit_bias=((2, 100.0),))
+    state = make_state(params, (), 0, 0, VOCAB, Only(2, 3))
+    chosen = [sample(LOGITS, params, state, i, frozenset({2})).token_id for i in range(6)]
+    assert chosen == [3] * 5 + [2]
+
+
 def test_logprobs_only_when_asked_for() -> None:
     for asked, has_chosen in ((None, False), (0, True)):
         params = SamplingParams(num_logprobs=asked)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, SamplingParams
-from server.engine.scheduler import FAIR_SHARE, MIN_CHUNK_TOKENS, Chunk, Limits, Scheduler, StepCost
+from server.engine.scheduler import FAIR_SHARE, MAX_SCORED_TOKENS, MIN_CHUNK_TOKENS, Chunk, Limits, Scheduler, StepCost
 from server.engine.sequence import RequestState, Sequence
 
 PER_TOKEN, PER_PAIR, PER_DECODE = 2e-4, 1e-3, 2e-3  # seconds; pairs in millions
@@ -274,6 +274,20 @@ def test_one_step_holds_several_short_prefills() -> None:
         simulation.scheduler.add(sequence_of(300, name=str(i)))
     simulation.step()
     assert [c.num_tokens for c in simulation.chunks] == [300] * 4
+
+
+def test_rows_of_scored_prompts_are_bounded_over_the_step() -> None:
+    scheduler = Scheduler(Limits(8, 4096, 0.0), lambda sequence: True)
+    params = SamplingParams(num_prompt_logprobs=1)
+    scored = [
+        Sequence(RequestState(Request(name, (0,) * K, params, max_new_tokens=4), 0.0), 0, [0] * K) for name in "ab"
+    ]
+    plain = sequence_of(K, name="c")
+    for sequence in (*scored, plain):
+        scheduler.add(sequence)
+    chunks, _ = scheduler.schedule()
+    assert sum(c.num_tokens for c in chunks if c.sequence in scored) == MAX_SCORED_TOKENS
+    assert [c.num_tokens for c in chunks if c.sequence is plain] == [K]
 
 
 def test_the_queue_goes_by_priority_then_arrival() -> None:
