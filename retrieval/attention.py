@@ -52,6 +52,7 @@ class Step:
         self.method, self.decoder = method, decoder
         self.report = report or DecodeReport()
         self._rows: dict[int | None, list[DecodeRow]] = {}
+        self._targets: list[list[Tensor]] | None = None
 
     def split(self) -> list[tuple[Step, slice]]:
         """The decodes together and each prefill alone, with the rows of this step that they take; one report."""
@@ -72,6 +73,16 @@ class Step:
             ]
         return self._rows[sliding_window]
 
+    def targets(self, layer_idx: int) -> list[Tensor]:
+        """Where the decode tokens' K, then their V go, each `[num_kv_heads, head_dim]`."""
+        if self._targets is None:
+            tails = [span.context.tail for span in self.decodes]
+            views = [t.keys[:, :, t.length].unbind(0) for t in tails] + [
+                t.values[:, :, t.length].unbind(0) for t in tails
+            ]
+            self._targets = [list(layer) for layer in zip(*views, strict=True)]
+        return self._targets[layer_idx]
+
     def _select(self, context: Context, window: int | None) -> list[Run]:
         if window is not None and context.num_tokens + 1 > window:
             return clip_runs(context.runs(num_new=1), context.num_tokens + 1 - window)
@@ -87,11 +98,13 @@ def attend_packed(
     dtype of the queries.
     """
     out = torch.empty_like(queries)
+    num_decodes = len(step.decodes)
+    if num_decodes:
+        _write_decodes(keys[:num_decodes], values[:num_decodes], layer_idx, step)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    for span in (*step.decodes, *step.prefills):
+    for span in step.prefills:
         rows = slice(span.row, span.row + span.num_tokens)
         span.context.tail.write(layer_idx, keys[:, rows], values[:, rows])
-    num_decodes = len(step.decodes)
     if num_decodes:
         out[:num_decodes] = _decode(queries[:num_decodes], layer_idx, scale, sliding_window, step)
     for span in step.prefills:
@@ -103,6 +116,15 @@ def attend_packed(
             span.context.online_codes.extend(layer_idx, tail, tail.length + span.num_tokens)
         out[rows] = attend_chunk(chunk, span.context, layer_idx, scale, sliding_window).transpose(0, 1)
     return out
+
+
+def _write_decodes(keys: Tensor, values: Tensor, layer_idx: int, step: Step) -> None:
+    """Keys and values `[num_decodes, num_kv_heads, head_dim]`, in one call: one per row costs more than the rows."""
+    if any(span.context.tail.key_scales is not None for span in step.decodes):
+        for i, span in enumerate(step.decodes):
+            span.context.tail.write(layer_idx, keys[i, :, None], values[i, :, None])
+    else:
+        torch._foreach_copy_(step.targets(layer_idx), [*keys.unbind(0), *values.unbind(0)])
 
 
 def _decode(queries: Tensor, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:

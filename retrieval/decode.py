@@ -35,12 +35,21 @@ class DecodeStats:
         self.num_retrieved += retrieved
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodeRow:
-    """One sequence's decode token: what it sees in one kind of layer."""
+    """One sequence's decode token: what it sees in one kind of layer. Lives for one step."""
 
     context: Context
     runs: list[Run]
+    bound: BoundRow | None = None  # owned by the decoder, the same in all layers
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRow:
+    """A row's runs as the core takes them, `layers[layer]`, and those that it cannot attend."""
+
+    layers: list[list[Any]]
+    others: list[Run]
 
 
 class Decoder(ABC):
@@ -126,18 +135,22 @@ class NativeDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.attend`."""
         host = queries.to("cpu").contiguous()
-        parts = [self._parts(row.context, row.runs)[layer_idx] for row in rows]
+        bound = [row.bound or self._bind_row(row) for row in rows]
+        parts = [row.layers[layer_idx] for row in bound]
         out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:-1])
         cost = self._core.attend_layer(host, parts, scale, out, lse, self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
         out, lse = out.to(queries.device), lse.to(queries.device)
-        for i, row in enumerate(rows):
-            others = [
-                self._attend_run(queries[i], run, layer_idx, scale, stats) for run in row.runs if not _is_native(run)
-            ]
-            if others:
+        for i, row in enumerate(bound):
+            if row.others:
+                others = [self._attend_run(queries[i], run, layer_idx, scale, stats) for run in row.others]
                 out[i] = merge([(out[i], lse[i]), *others])[0]
         return out
+
+    def _bind_row(self, row: DecodeRow) -> BoundRow:
+        others = [run for run in row.runs if not _is_native(run)]
+        row.bound = BoundRow(self._parts(row.context, row.runs), others)
+        return row.bound
 
     def _parts(self, context: Context, runs: list[Run]) -> list[list[Any]]:
         """Parts of all layers; between steps mostly only ranges move, so the parts themselves are kept."""
