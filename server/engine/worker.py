@@ -30,6 +30,8 @@ from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
+REPORT_SECONDS = 0.1  # gauges are read every few seconds; counting what is held takes longer the more is held
+
 
 class Worker:
     """Runs steps over open requests; `take_events` empties what they have caused since the last call."""
@@ -51,6 +53,7 @@ class Worker:
         self._seeds = random.Random(config.seed)
         self._by_request: dict[str, list[Sequence]] = {}  # open requests' choices
         self._events: dict[str, list[Event]] = {}
+        self._last_report = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -83,7 +86,8 @@ class Worker:
                 self._recorder.step(seconds, num_decodes, sum(c.num_tokens for c in chunks) - num_decodes)
         elif self.scheduler.waiting:
             self._fail_stuck()
-        self.report()
+        if not self.has_work or started - self._last_report >= REPORT_SECONDS:
+            self.report()
 
     def _fail_stuck(self) -> None:
         """Nothing runs and the head of the queue still is not admitted: it waits for builds, or never fits."""
