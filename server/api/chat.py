@@ -7,11 +7,11 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import sse
+from server.api.caller import CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
 from server.api.logprobs import chat_logprobs
@@ -20,7 +20,6 @@ from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
 from server.api.turn import CollectedTurn, Turn, TurnDelta, collect, new_call_id, prepare
 from server.api.usage import usage_info
-from server.api.wire.base import Name
 from server.api.wire.chat import AnswerMessage, ChatChoice, ChatChunk, ChatRequest, ChatResponse, ChunkChoice
 from server.api.wire.chat import Delta as WireDelta
 from server.api.wire.generation import UsageInfo
@@ -32,12 +31,12 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", responses={200: {"model": ChatResponse, **STREAM}, **ERRORS})
 async def create_chat_completion(
-    body: ChatRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
+    body: ChatRequest, http: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Answers a conversation."""
     model = service.check_model(body.model)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    answer = ChatAnswer(await prepare(body, service, completion_id, x_session_id), completion_id, model)
+    answer = ChatAnswer(await prepare(body, service, completion_id, caller), completion_id, model)
     if body.stream:
         return sse.EventStream(answer.stream(), service.keepalive_seconds)
     return await unless_disconnected(http, answer.collect())

@@ -7,11 +7,11 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import sse
+from server.api.caller import Caller, CallerDep
 from server.api.collected import Collected
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
@@ -21,7 +21,6 @@ from server.api.service import Service, ServiceDep
 from server.api.streaming import Delta, ScoredToken, TextUsage, Update
 from server.api.structure import constraint
 from server.api.usage import usage_info
-from server.api.wire.base import Name
 from server.api.wire.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 from server.api.wire.generation import UsageInfo
 from server.engine.events import Progress
@@ -32,11 +31,11 @@ router = APIRouter()
 
 @router.post("/v1/completions", responses={200: {"model": CompletionResponse, **STREAM}, **ERRORS})
 async def create_completion(
-    body: CompletionRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
+    body: CompletionRequest, http: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Continues one or several prompts."""
     call = CompletionCall(body, service, service.check_model(body.model))
-    requests = await call.engine_requests(x_session_id)
+    requests = await call.engine_requests(caller)
     echoes = await call.echoes(requests)
     updates = service.generate(requests, text_options(body))
     if body.stream:
@@ -54,7 +53,7 @@ class CompletionCall:
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def engine_requests(self, session_header: str | None) -> list[EngineRequest]:
+    async def engine_requests(self, caller: Caller) -> list[EngineRequest]:
         """One request per prompt, each with all of its choices."""
         requests = []
         make_constraint = await constraint(self.body, self.service)
@@ -62,7 +61,7 @@ class CompletionCall:
             token_ids = await self._token_ids(prompt)
             request_id = f"{self.id}-{index}"
             requests.append(
-                engine_request(self.body, token_ids, request_id, self.service, session_header, make_constraint)
+                engine_request(self.body, token_ids, request_id, self.service, caller, make_constraint)
             )
         return requests
 

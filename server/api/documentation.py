@@ -20,6 +20,10 @@ _REASONS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
 }
+SESSION_ERRORS: dict[int | str, dict[str, Any]] = ERRORS | {
+    404: {"model": ErrorEnvelope, "description": "There is no such session or model."},
+    409: {"model": ErrorEnvelope, "description": "The session's state does not allow it; `code` tells why."},
+}
 ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": AnthropicErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
 }

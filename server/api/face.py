@@ -7,6 +7,7 @@ from typing import Protocol
 
 from server.engine.events import Event
 from server.engine.request import Request
+from server.engine.session_info import SessionInfo, SessionKey, SessionList
 
 
 class StreamFace(Protocol):
@@ -22,8 +23,37 @@ class StreamFace(Protocol):
         """Ends one choice within one step, as complete; may be called any time and more than once."""
 
 
+class SessionsFace(Protocol):
+    """What can be asked of named sessions. All but `list` raise NotFoundError, ConflictError, UnavailableError."""
+
+    async def list(self, owner: str, salt: str) -> SessionList:
+        """Sessions of one owner and salt, last used first."""
+
+    async def get(self, key: SessionKey) -> SessionInfo:
+        """One session."""
+
+    async def delete(self, key: SessionKey) -> int:
+        """Forgets it; returns the bytes freed."""
+
+    async def pin(self, key: SessionKey, ttl_seconds: float | None) -> SessionInfo:
+        """Keeps it in memory for so long; None: until unpinned, 0: no longer."""
+
+    async def save(self, key: SessionKey) -> SessionInfo:
+        """Keeps it on disk; returns when it is there. Raises DiskUnavailableError."""
+
+    async def restore(self, key: SessionKey) -> SessionInfo:
+        """Brings it from disk into memory."""
+
+    async def fork(self, key: SessionKey, name: str) -> SessionInfo:
+        """A new session over the same context."""
+
+
 class EngineFace(Protocol):
     """Takes requests and streams events back. Used on the event loop only."""
+
+    @property
+    def sessions(self) -> SessionsFace:
+        """The named sessions."""
 
     @property
     def model_name(self) -> str:

@@ -6,18 +6,18 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import sse
+from server.api.caller import Caller, CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ANTHROPIC_ERRORS, STREAM
 from server.api.message_blocks import Blocks, content_blocks
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
 from server.api.turn import Turn, TurnDelta, collect, prepare
-from server.api.wire.base import Name
 from server.api.wire.chat import ChatMessage, ChatRequest
 from server.api.wire.messages import (
     AnyBlock,
@@ -46,12 +46,12 @@ router = APIRouter()
 
 @router.post("/v1/messages", responses={200: {"model": MessagesResponse, **STREAM}, **ANTHROPIC_ERRORS})
 async def create_message(
-    body: MessagesRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
+    body: MessagesRequest, http: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Answers a conversation, in Anthropic's protocol."""
     model = service.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    answer = MessageAnswer(await prepare(chat_request(body), service, message_id, x_session_id), model)
+    answer = MessageAnswer(await prepare(chat_request(body), service, message_id, caller), model)
     if body.stream:
         return sse.EventStream(answer.stream(), service.keepalive_seconds, sse.anthropic_error)
     return await unless_disconnected(http, answer.collect())
@@ -61,7 +61,7 @@ async def create_message(
 async def count_tokens(body: CountTokensRequest, service: ServiceDep) -> CountTokensResponse:
     """How many tokens the prompt of such a message has."""
     service.check_model(body.model)
-    turn = await prepare(_prompt(body), service, "count", None)
+    turn = await prepare(_prompt(body), service, "count", Caller())
     return CountTokensResponse(input_tokens=len(turn.request.prompt_token_ids))
 
 

@@ -20,6 +20,7 @@ from server.api.errors import error_response
 from server.errors import AuthenticationError, RateLimitError, RequestTooLargeError
 
 REQUEST_ID = "X-Request-Id"
+OWNER = b"session-owner"  # at most 16 bytes
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -46,7 +47,10 @@ class RequestId:
 
 
 class ApiKeys:
-    """Refuses calls without one of the keys, comparing in constant time; `open_paths` need none."""
+    """Refuses calls without one of the keys, comparing in constant time; `open_paths` need none.
+
+    `request.state.owner` tells keys apart without telling them, and is the same in every process.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str] = ()) -> None:
         self._app = app
@@ -55,23 +59,32 @@ class ApiKeys:
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_allowed(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        key = _given_key(Headers(scope=scope))
+        if self._is_allowed(key):
+            scope.setdefault("state", {})["owner"] = hashlib.blake2b(key, digest_size=16, person=OWNER).hexdigest()
             await self._app(scope, receive, send)
             return
         error = AuthenticationError("a valid API key is needed: 'Authorization: Bearer KEY'")
         await error_response(error, path=scope["path"])(scope, receive, send)
 
-    def _is_allowed(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = headers.get("X-Api-Key", "")  # Anthropic's way
-        given = self._digest(key.strip().encode("latin-1"))
+    def _is_allowed(self, key: bytes) -> bool:
+        given = self._digest(key)
         matches = [hmac.compare_digest(given, known) for known in self._digests]  # all of them: constant time
         return any(matches)
 
     def _digest(self, key: bytes) -> bytes:
         """Of one length whatever the key's, and of no use to another process."""
         return hmac.digest(self._secret, key, hashlib.sha256)
+
+
+def _given_key(headers: Headers) -> bytes:
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        key = headers.get("X-Api-Key", "")  # Anthropic's way
+    return key.strip().encode("latin-1")
 
 
 class KeyConcurrency:

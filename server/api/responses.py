@@ -6,18 +6,18 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import sse
+from server.api.caller import CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
 from server.api.response_items import Items
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
 from server.api.turn import Turn, TurnDelta, prepare
-from server.api.wire.base import Name
 from server.api.wire.chat import ChatMessage, ChatRequest
 from server.api.wire.responses import (
     FunctionCall,
@@ -42,12 +42,12 @@ router = APIRouter()
 
 @router.post("/v1/responses", responses={200: {"model": ResponsesResponse, **STREAM}, **ERRORS})
 async def create_response(
-    body: ResponsesRequest, http: Request, service: ServiceDep, x_session_id: Annotated[Name | None, Header()] = None
+    body: ResponsesRequest, http: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Answers a conversation, in the newer protocol."""
     model = service.check_model(body.model)
     response_id = f"resp_{uuid.uuid4().hex}"
-    answer = ResponseAnswer(body, await prepare(chat_request(body), service, response_id, x_session_id), model)
+    answer = ResponseAnswer(body, await prepare(chat_request(body), service, response_id, caller), model)
     if body.stream:
         return sse.EventStream(answer.stream(), service.keepalive_seconds, sse.named_error)
     return await unless_disconnected(http, answer.collect())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from server.api.caller import Caller
 from server.api.service import Service
 from server.api.streaming import TextOptions
 from server.api.structure import MakeConstraint
@@ -20,7 +21,7 @@ def engine_request(
     prompt_token_ids: Sequence[int],
     request_id: str,
     service: Service,
-    session_header: str | None,
+    caller: Caller,
     make_constraint: MakeConstraint | None = None,
 ) -> Request:
     """Raises InvalidRequestError for an empty prompt or ids outside of the vocabulary."""
@@ -30,8 +31,9 @@ def engine_request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt_token_ids),
         sampling=sampling_params(body, service),
-        session_id=body.prompt_cache_key or session_header,
-        cache_salt=body.cache_salt or "",
+        session_id=body.prompt_cache_key or caller.session,
+        session_owner=caller.owner,
+        cache_salt=caller.salt(body.cache_salt),
         priority=body.priority or 0,
         make_constraint=make_constraint,
     )

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from server.api.caller import Caller
 from server.api.conversation import encode_conversation
 from server.api.parts import reasoning
 from server.api.parts.base import CallArguments, CallStart, Content, Part, PartParser, PlainParser, Reasoning
@@ -61,7 +62,7 @@ class Turn:
                     yield delta
 
 
-async def prepare(body: ChatRequest, service: Service, request_id: str, session_header: str | None) -> Turn:
+async def prepare(body: ChatRequest, service: Service, request_id: str, caller: Caller) -> Turn:
     """Renders, encodes and compiles; nothing has been submitted yet. Raises InvalidRequestError."""
     tokenizer = service.tokenizer
     prompt = await encode_conversation(
@@ -74,7 +75,7 @@ async def prepare(body: ChatRequest, service: Service, request_id: str, session_
         template_kwargs=body.chat_template_kwargs,
     )
     make_constraint = await constraint(body, service, forced_calls(body))
-    request = engine_request(body, prompt, request_id, service, session_header, make_constraint)
+    request = engine_request(body, prompt, request_id, service, caller, make_constraint)
     make_parser = parser_maker(body, service.tool_parser, tokenizer.chat_template)
     if make_constraint is None:
         ending = tokenizer.decode(prompt[-8:], skip_special_tokens=False).rstrip()

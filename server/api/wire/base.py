@@ -25,6 +25,7 @@ def _is_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
 Name = Annotated[Text, StringConstraints(min_length=1, max_length=512)]
+SessionName = Annotated[Text, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class WireRequest(BaseModel):

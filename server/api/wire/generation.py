@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from server.api.wire.base import Name, Text, WireRequest, WireResponse
+from server.api.wire.base import Name, SessionName, Text, WireRequest, WireResponse
 from server.api.wire.structure import Choices, ResponseFormat, Schema, StructuredOutputs
 
 INT64 = 2**63
@@ -92,7 +92,7 @@ class GenerationRequest(WireRequest):
     user: Text | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)
     cache_salt: Name | None = None
-    prompt_cache_key: Name | None = None
+    prompt_cache_key: SessionName | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerationRequest:

@@ -158,7 +158,7 @@ class ResponsesRequest(WireRequest):
     metadata: dict[str, Text] | None = Field(None, max_length=16)
     user: Text | None = None
     safety_identifier: Text | None = None
-    prompt_cache_key: Name | None = None
+    prompt_cache_key: SessionName | None = None
 
 
 class InputTokensDetails(WireResponse):
