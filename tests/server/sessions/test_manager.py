@@ -355,3 +355,38 @@ def test_a_reused_segment_without_an_index_gets_one(make_server: Any) -> None:
     server.manager.open([*whole, 1], "", 200)
     server.manager.wait_for_indexes()
     assert segment.index_state == "ready"
+
+
+# --- merging --------------------------------------------------------------------------------------------
+
+
+def test_turns_of_one_chat_stay_a_short_path_and_every_byte_is_counted(make_server: Any) -> None:
+    server = make_server(limit_tokens=4000)
+    manager = server.manager
+    whole = server.tokens(20)
+    lengths = list[int]()
+    for _ in range(40):
+        whole = server.run([*whole, *server.tokens(12)], num_new=9)
+        manager.settle()
+        manager.wait_for_indexes()
+        context = manager.open([*whole, 1], "", len(whole) + 9)
+        assert context.num_tokens >= len(whole) - MIN_KEPT_TOKENS
+        lengths.append(len(context.path))
+        manager.drop(context)
+    assert len(whole) > 20 * STATIC.seal_tokens
+    assert max(lengths) <= 6
+    assert len(whole) - MIN_KEPT_TOKENS <= held_tokens(server) < len(whole)
+    assert manager.budget.reserved_bytes == 0
+    assert server.recorder.evictions == []
+
+
+def test_a_merge_that_finds_no_room_costs_nothing(make_server: Any) -> None:
+    server = make_server(limit_tokens=120)
+    manager = server.manager
+    context = server.open(server.tokens(40))
+    assert manager.reserve(60 * TOKEN_BYTES)  # what else runs
+    server.compute(context, 40)
+    manager.grown(context, server.tokens(80))
+    manager.settle()
+    assert (manager.num_pending_builds, len(context.path)) == (0, 2)
+    assert manager.budget.reserved_bytes == 60 * TOKEN_BYTES
