@@ -30,9 +30,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses={200: {"model": ChatResponse, **STREAM}, **ERRORS})
-async def create_chat_completion(
-    body: ChatRequest, http: Request, service: ServiceDep, caller: CallerDep
-) -> Response:
+async def create_chat_completion(body: ChatRequest, http: Request, service: ServiceDep, caller: CallerDep) -> Response:
     """Answers a conversation."""
     model = service.check_model(body.model)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"

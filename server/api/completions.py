@@ -30,9 +30,7 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", responses={200: {"model": CompletionResponse, **STREAM}, **ERRORS})
-async def create_completion(
-    body: CompletionRequest, http: Request, service: ServiceDep, caller: CallerDep
-) -> Response:
+async def create_completion(body: CompletionRequest, http: Request, service: ServiceDep, caller: CallerDep) -> Response:
     """Continues one or several prompts."""
     call = CompletionCall(body, service, service.check_model(body.model))
     requests = await call.engine_requests(caller)
@@ -60,9 +58,7 @@ class CompletionCall:
         for index, prompt in enumerate(self.body.prompts):
             token_ids = await self._token_ids(prompt)
             request_id = f"{self.id}-{index}"
-            requests.append(
-                engine_request(self.body, token_ids, request_id, self.service, caller, make_constraint)
-            )
+            requests.append(engine_request(self.body, token_ids, request_id, self.service, caller, make_constraint))
         return requests
 
     async def echoes(self, requests: list[EngineRequest]) -> list[str]:

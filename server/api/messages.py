@@ -45,9 +45,7 @@ router = APIRouter()
 
 
 @router.post("/v1/messages", responses={200: {"model": MessagesResponse, **STREAM}, **ANTHROPIC_ERRORS})
-async def create_message(
-    body: MessagesRequest, http: Request, service: ServiceDep, caller: CallerDep
-) -> Response:
+async def create_message(body: MessagesRequest, http: Request, service: ServiceDep, caller: CallerDep) -> Response:
     """Answers a conversation, in Anthropic's protocol."""
     model = service.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"

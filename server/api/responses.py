@@ -41,9 +41,7 @@ router = APIRouter()
 
 
 @router.post("/v1/responses", responses={200: {"model": ResponsesResponse, **STREAM}, **ERRORS})
-async def create_response(
-    body: ResponsesRequest, http: Request, service: ServiceDep, caller: CallerDep
-) -> Response:
+async def create_response(body: ResponsesRequest, http: Request, service: ServiceDep, caller: CallerDep) -> Response:
     """Answers a conversation, in the newer protocol."""
     model = service.check_model(body.model)
     response_id = f"resp_{uuid.uuid4().hex}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from server.api.wire.base import Name, Text, WireRequest, WireResponse, check_json
+from server.api.wire.base import Name, SessionName, Text, WireRequest, WireResponse, check_json
 from server.api.wire.generation import INT64
 from server.api.wire.structure import JsonObjectFormat, Schema, TextFormat
 from server.api.wire.tools import FunctionName
