@@ -112,6 +112,11 @@ class Disk:
 
     # --- what is there --------------------------------------------------------------------------------
 
+    @property
+    def keeps_indexes(self) -> bool:
+        """Whether indexes are written too."""
+        return self._indexes is not None
+
     def get(self, digest: bytes) -> DiskEntry | None:
         """The entry of a segment whose K and V are safely on disk."""
         with self._guard:
@@ -142,6 +147,14 @@ class Disk:
             entry, reach = max(further, key=lambda item: item[1])
             chain.append((entry, reach - entry.record.start))
         return chain
+
+    def serving(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:
+        """Entries that hold tokens of a context."""
+        return [
+            entry
+            for entry in self._continuing(token_ids, salt)
+            if common_prefix(entry.record.token_ids, token_ids[entry.record.start :])
+        ]
 
     def _continuing(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:
         """Entries whose tokens before their own are the prompt's."""
@@ -202,10 +215,10 @@ class Disk:
             return room >= num_bytes
         now = time.time()
         victims = choose_victims([_candidate(e, now) for e in entries if not e.is_kept], num_bytes - room)
-        if room + sum(e.num_bytes for e in entries if e.record.digest in set(victims)) < num_bytes:
+        if room + sum(victim.num_bytes for victim in victims) < num_bytes:
             return False
-        for digest in victims:
-            self.remove(digest, "quota")
+        for victim in victims:
+            self.remove(victim.key, "quota")
         return True
 
     def _drop_superseded(self, record: SegmentRecord, salt: str, context_ids: TokenIds) -> None:
@@ -248,6 +261,11 @@ class Disk:
             entry.index_bytes = 0
             self._files.remove(record.digest, ("index",))
         return index
+
+    def reject(self, digest: bytes) -> None:
+        """Count a file whose tokens are not those its name stands for, and delete it."""
+        self._files.unusable(TensorFileError(self._files.path(digest, "segment"), "damaged", "is not what it says"))
+        self.remove(digest, "damaged")
 
     def remove(self, digest: bytes, reason: str, delete: bool = True) -> int:
         """Forget an entry, and delete its files; returns the bytes freed."""
@@ -294,7 +312,7 @@ def _candidate(entry: DiskEntry, now: float) -> Candidate:
         key=entry.record.digest,
         parent=None,  # use reaches all of a path, so what comes before is never older than what follows
         num_bytes=entry.num_bytes,
-        rebuild_seconds=prefill_seconds(entry.record.start, len(entry.record.token_ids)),
+        restore_seconds=prefill_seconds(entry.record.start, len(entry.record.token_ids)),
         idle_seconds=max(0.0, now - entry.last_used),
         num_references=0,
         num_hits=entry.num_hits,

@@ -21,9 +21,11 @@ from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import OnlineCodes
 from retrieval.segments import Path, PathHold, Segment, SegmentStore, TokenIds
 from server.engine.recorder import Recorder
-from server.errors import DiskUnavailableError
+from server.errors import DiskUnavailableError, MemoryExhaustedError
 from server.sessions.budget import Budget
-from server.sessions.policy import Candidate, choose_victims
+from server.sessions.disk import Disk, DiskEntry, DiskStats
+from server.sessions.disk_tier import MIN_SAVED_TOKENS, DiskTier
+from server.sessions.policy import Candidate, Victim, choose_victims, index_seconds, prefill_seconds, read_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class SessionManager:
         device: torch.device,
         prefix_caching: bool = True,
         compacts: bool = True,
+        disk: Disk | None = None,
     ) -> None:
         """compacts: merge the segments of a growing context; off for indexes that cannot be built without a prompt."""
         self.store = SegmentStore()
@@ -65,6 +68,7 @@ class SessionManager:
         self._recorder, self._device, self._prefix_caching = recorder, device, prefix_caching
         self._compactor = self._make_compactor() if compacts else None
         self._pins: set[PathHold] = set()  # their paths follow when segments are replaced
+        self._tier = DiskTier(disk, self.store, self.release, self._spilled, self._index) if disk is not None else None
 
     def _make_compactor(self) -> Compactor:
         index_of = self._builder.merged if self._builder is not None else None
@@ -81,6 +85,8 @@ class SessionManager:
         """Take over what background threads have finished. Between two steps only."""
         if self._compactor is not None:
             self._compactor.settle()
+        if self._tier is not None:
+            self._tier.settle()
 
     @property
     def max_copied_tokens(self) -> int:
@@ -113,8 +119,9 @@ class SessionManager:
             self._evict(excess, even_if_short=True)
 
     def held_bytes(self) -> int:
-        """Bytes of all segments, indexes included."""
-        return sum(s.kv_bytes + s.index_bytes for s in self.store)
+        """Bytes of all segments, indexes included, and of those that only a write to disk still holds."""
+        staging = self._tier.staging_bytes if self._tier is not None else 0
+        return staging + sum(s.kv_bytes + s.index_bytes for s in self.store)
 
     def open(self, token_ids: list[int], salt: str, max_tokens: int, reuse: bool = True) -> Context:
         """A context with the longest stored prefix of the prompt, or nothing; `max_tokens` it may grow to."""
@@ -132,6 +139,8 @@ class SessionManager:
         for entry in context.path:
             entry.segment.last_used = time.monotonic()
             self._index(entry.segment)
+        if self._tier is not None:
+            self._tier.used(context.path)
         num_unread = len(token_ids) - context.tail_start
         if self._builder is not None and num_unread >= self._static.seal_tokens:
             self._builder.watch(context)
@@ -163,6 +172,11 @@ class SessionManager:
         context.close()
         if not self._prefix_caching:
             self._remove_idle()
+
+    @property
+    def num_pending(self) -> int:
+        """Whatever background threads work on that memory or requests may wait for."""
+        return self.num_pending_builds + (self._tier.num_pending if self._tier is not None else 0)
 
     @property
     def num_pending_builds(self) -> int:
@@ -211,28 +225,88 @@ class SessionManager:
 
         Raises `DiskUnavailableError` where there is no disk tier.
         """
-        raise DiskUnavailableError("this server keeps nothing on disk: start it with --kv-disk-path")
+        if self._tier is None:
+            raise DiskUnavailableError("this server keeps nothing on disk: start it with --kv-disk-path")
+        for entry in path:
+            self._tier.save(entry.segment, is_kept=True)
 
     def is_persisted(self, segment: Segment) -> bool:
         """Whether the segment's K and V are safely on disk."""
+        return self._tier is not None and self._tier.is_saved(segment.digest)
+
+    # --- what comes back from disk --------------------------------------------------------------------
+
+    def prepare(self, token_ids: list[int], salt: str) -> bool:
+        """Have what the disk holds of a prompt read into memory; False: under way, or no memory for it now.
+
+        When this is True, `open` finds all that can be found.
+        """
+        if self._tier is None or not self._prefix_caching:
+            return True
+        ids = np.asarray(token_ids[:-1], dtype=np.int32)  # the last token is always computed
+        entries = self._worth_reading(self._tier.missing(ids, salt))
+        if not entries:
+            return True
+        if self._tier.is_loading(entries):
+            return False
+        num_bytes = sum(self.worst_case_bytes(len(e.record.token_ids)) for e in entries)
+        if num_bytes + self.pinned_bytes > self.budget.limit_bytes:
+            return True  # it would never fit: computing the part that is wanted may
+        hold = PathHold(self.store, self.store.longest_prefix(ids, salt))
+        is_reserved = self.reserve(num_bytes)
+        if is_reserved:
+            self._tier.load(entries, ids, salt, num_bytes)
+        hold.release()
         return False
 
+    def _worth_reading(self, found: list[tuple[DiskEntry, int]]) -> list[DiskEntry]:
+        """Those whose reading takes less time than computing the tokens that match."""
+        total_read = sum(read_seconds(entry.num_bytes) for entry, _ in found)
+        total_computed = sum(prefill_seconds(entry.record.start, num_matched) for entry, num_matched in found)
+        return [entry for entry, _ in found] if total_read < total_computed else []
+
     def fetch(self, token_ids: list[int], salt: str) -> Path:
-        """The longest stored prefix, brought from disk into memory where it is not there yet (blocks meanwhile)."""
-        return self.store.longest_prefix(np.asarray(token_ids, dtype=np.int32), salt)
+        """The longest stored prefix, brought from disk into memory where it is not there yet (blocks meanwhile).
+
+        Raises `MemoryExhaustedError` when there is no room for it.
+        """
+        ids = np.asarray([*token_ids, 0], dtype=np.int32)
+        while not self.prepare(ids.tolist(), salt):
+            if not self.num_pending:
+                stats = self.stats()
+                raise MemoryExhaustedError(
+                    f"no memory to read it from disk: {stats.kv_bytes + stats.index_bytes} bytes held and "
+                    f"{stats.reserved_bytes} reserved of {stats.limit_bytes}"
+                )
+            time.sleep(0.001)
+            self.settle()
+        return self.store.longest_prefix(ids[:-1], salt)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes held on disk."""
-        return 0
+        stats = self.disk_stats
+        return stats.kv_bytes + stats.index_bytes
+
+    @property
+    def disk_stats(self) -> DiskStats:
+        """What is held on disk; nothing where there is none."""
+        return self._tier.disk.stats() if self._tier is not None else DiskStats()
 
     def disk_bytes_of(self, contexts: Iterable[tuple[TokenIds, str]]) -> int:
         """Bytes on disk that serve some contexts (token ids, salt), each file once."""
-        return 0
+        if self._tier is None:
+            return 0
+        found = {e.record.digest: e for ids, salt in contexts for e in self._tier.disk.serving(ids, salt)}
+        return sum(entry.num_bytes for entry in found.values())
 
     def num_tokens_on_disk(self, token_ids: TokenIds, salt: str) -> int:
         """Length of the longest prefix that disk and memory together can give back; cheap, reads no K or V."""
         path = self.store.longest_prefix(token_ids, salt)
+        found = self._tier.missing(token_ids, salt) if self._tier is not None else []
+        if found:
+            entry, num_matched = found[-1]
+            return entry.record.start + num_matched
         return path[-1].end if path else 0
 
     def stats(self) -> ManagerStats:
@@ -261,6 +335,8 @@ class SessionManager:
             self._compactor.close()
         if self._builder is not None:
             self._builder.close()
+        if self._tier is not None:
+            self._tier.close()
 
     def _seal(self, context: Context, token_ids: list[int], num_kept: int) -> Segment:
         segment = context.seal(np.asarray(token_ids, dtype=np.int32), num_kept)
@@ -283,30 +359,69 @@ class SessionManager:
             self._builder.submit(segment, sample, online)
 
     def _evict(self, num_bytes: int, even_if_short: bool = False) -> bool:
-        """Free `num_bytes` of idle segments; when they cannot give that much, nothing unless `even_if_short`."""
-        victims = [s for s in map(self.store.get, choose_victims(self._candidates(), num_bytes)) if s is not None]
-        is_enough = sum(s.kv_bytes + s.index_bytes for s in victims) >= num_bytes
-        for segment in victims if is_enough or even_if_short else []:
-            self.store.remove(segment)
-            self._recorder.eviction("host", "budget", segment.kv_bytes + segment.index_bytes)
-        return is_enough
+        """Free `num_bytes` of idle segments; False if that is not so (yet): what is not on disk is written first.
+
+        When they cannot give that much, nothing is evicted unless `even_if_short`.
+        """
+        missing = num_bytes - (self._tier.spilling_bytes if self._tier is not None else 0)
+        victims = choose_victims(self._candidates(), missing)
+        if sum(victim.num_bytes for victim in victims) < missing and not even_if_short:
+            return False
+        return sum(map(self._evict_one, victims)) >= num_bytes
+
+    def _evict_one(self, victim: Victim) -> int:
+        """Bytes freed now; 0 where that takes a write, or where what continues it has not gone yet."""
+        segment = self.store.get(victim.key)
+        if segment is None or (victim.part == "segment" and segment.num_references):
+            return 0
+        if victim.part == "index":
+            segment.index, segment.index_state = None, "none"
+            self._recorder.eviction("host", "index", victim.num_bytes)
+        elif self._tier is None or segment.num_tokens < MIN_SAVED_TOKENS:
+            self._remove(segment, "budget")
+        elif self._tier.is_saved(segment.digest):
+            self._remove(segment, "to_disk")
+        else:
+            self._tier.save(segment, is_spill=True)
+            return 0
+        return victim.num_bytes
+
+    def _spilled(self, segment: Segment, is_saved: bool) -> None:
+        """The write that eviction has waited for has ended; it may have failed, and memory is short all the same."""
+        self.num_changes += 1
+        is_idle = segment.num_references == 0 and segment.index_state != "building"
+        if is_idle and self.store.get(segment.digest) is segment:
+            self._remove(segment, "to_disk" if is_saved else "unsaved")
+
+    def _remove(self, segment: Segment, reason: str) -> None:
+        self.store.remove(segment)
+        self._recorder.eviction("host", reason, segment.kv_bytes + segment.index_bytes)
 
     def _candidates(self) -> list[Candidate]:
-        """Segments that no context holds; those being indexed wait."""
+        """Segments that no context holds; those being indexed or written wait."""
         now = time.monotonic()
         return [
-            Candidate(
-                key=s.digest,
-                parent=s.parent.digest if s.parent else None,
-                num_bytes=s.kv_bytes + s.index_bytes,
-                rebuild_seconds=self._rebuild_cost(s),
-                idle_seconds=now - s.last_used,
-                num_references=len(s.children),
-            )
+            self._candidate(s, now)
             for s in self.store
-            if s.num_references == len(s.children) and s.index_state != "building"
+            if s.num_references == len(s.children) and s.index_state != "building" and not self._is_leaving(s)
         ]
 
-    def _rebuild_cost(self, segment: Segment) -> float:
-        """Prefill work in relative units: token-wise work plus attention over everything before."""
-        return segment.num_tokens * (1000.0 + segment.start + segment.num_tokens / 2)
+    def _is_leaving(self, segment: Segment) -> bool:
+        return self._tier is not None and self._tier.is_spilling(segment.digest)
+
+    def _candidate(self, segment: Segment, now: float) -> Candidate:
+        """Where there is a disk, K and V come back so fast that giving up an index first would save nothing."""
+        num_bytes = segment.kv_bytes + segment.index_bytes
+        is_rebuilt = self._tier is None or segment.num_tokens < MIN_SAVED_TOKENS
+        prefill = prefill_seconds(segment.start, segment.num_tokens)
+        return Candidate(
+            key=segment.digest,
+            parent=segment.parent.digest if segment.parent else None,
+            num_bytes=num_bytes,
+            restore_seconds=prefill if is_rebuilt else read_seconds(num_bytes),
+            idle_seconds=max(0.0, now - segment.last_used),
+            num_references=len(segment.children),
+            num_hits=segment.num_hits,
+            index_bytes=segment.index_bytes if segment.index_state == "ready" else 0,
+            index_seconds=index_seconds(segment.num_tokens),
+        )

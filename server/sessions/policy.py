@@ -1,13 +1,17 @@
 """What to evict first: a pure function over idle segments.
 
-Cost-aware LRU: the segment whose loss costs the fewest seconds of prefill per byte freed and per second it
-has not been used goes first. Leaves go before the segments they continue.
+Cost-aware: what goes first is what costs the fewest seconds to get back per byte freed, weighed by how likely it is to
+be wanted again: by how often it was found and how long it lay idle. A segment's index may go by itself, before its
+keys and values, where that frees bytes more cheaply. Leaves go before the segments they continue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["index", "segment"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,39 +20,76 @@ class Candidate:
 
     key: bytes
     parent: bytes | None
-    num_bytes: int
-    rebuild_seconds: float
+    num_bytes: int  # K, V and index
+    restore_seconds: float  # to get it back: to read it from disk, or to compute it
     idle_seconds: float
     num_references: int  # children that are held; contexts hold none of a candidate
     num_hits: int = 0  # requests that found it
+    index_bytes: int = 0
+    index_seconds: float = 0.0  # to build the index anew
+
+    @property
+    def cost(self) -> float:
+        """Expected seconds lost per byte freed, by a scale of no meaning."""
+        return self._weight() * self.restore_seconds / max(1, self.num_bytes)
+
+    @property
+    def index_cost(self) -> float:
+        """The same for the index alone."""
+        return self._weight() * self.index_seconds / max(1, self.index_bytes)
+
+    def _weight(self) -> float:
+        return (1.0 + self.num_hits) / (1.0 + self.idle_seconds)
 
 
-def choose_victims(candidates: Iterable[Candidate], num_bytes: int) -> list[bytes]:
-    """Keys to evict, in order, until `num_bytes` are freed or nothing is left."""
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """What to evict: the whole segment, or its index alone."""
+
+    key: bytes
+    part: Part
+    num_bytes: int
+
+
+def choose_victims(candidates: Iterable[Candidate], num_bytes: int) -> list[Victim]:
+    """What to evict, in order, until `num_bytes` are freed or nothing is left."""
     known = {c.key: c for c in candidates}
     references = {key: c.num_references for key, c in known.items()}
-    victims: list[bytes] = []
+    without_index: set[bytes] = set()
+    victims: list[Victim] = []
     while num_bytes > 0:
-        leaves = [c for key, c in known.items() if references[key] == 0]
-        if not leaves:
+        leaves = [(c.cost, c, "segment") for key, c in known.items() if references[key] == 0]
+        indexes = [(c.index_cost, c, "index") for c in known.values() if c.index_bytes and c.key not in without_index]
+        if not leaves and not indexes:
             break
-        victim = min(leaves, key=eviction_cost)
-        victims.append(victim.key)
-        num_bytes -= victim.num_bytes
-        del known[victim.key]
-        if victim.parent in references:
-            references[victim.parent] -= 1
+        _, chosen, part = min([*leaves, *indexes], key=lambda option: option[0])
+        if part == "index":
+            without_index.add(chosen.key)
+            victims.append(Victim(chosen.key, "index", chosen.index_bytes))
+        else:
+            freed = chosen.num_bytes - (chosen.index_bytes if chosen.key in without_index else 0)
+            victims.append(Victim(chosen.key, "segment", freed))
+            del known[chosen.key]
+            if chosen.parent in references:
+                references[chosen.parent] -= 1
+        num_bytes -= victims[-1].num_bytes
     return victims
-
-
-def eviction_cost(candidate: Candidate) -> float:
-    """Seconds to rebuild, per byte freed, discounted by how long it lay idle."""
-    return candidate.rebuild_seconds / max(1, candidate.num_bytes) / (1.0 + candidate.idle_seconds)
 
 
 def prefill_seconds(start: int, num_tokens: int) -> float:
     """Seconds to compute a run of tokens again: work by token, and attention over everything before it.
 
-    The scale is that of a 3M-parameter model on two cores (128K tokens in 30 seconds); only ratios matter here.
+    The scale is that of a 3M-parameter model on two cores (128K tokens in 30 seconds); what matters is the ratio to the
+    two below, of the same machine.
     """
     return 3.4e-9 * num_tokens * (1000.0 + start + num_tokens / 2)
+
+
+def read_seconds(num_bytes: int) -> float:
+    """Seconds to read and check a file of that size, and to be woken for it."""
+    return 0.002 + num_bytes / 1.5e9
+
+
+def index_seconds(num_tokens: int) -> float:
+    """Seconds to build an index; nobody waits for it, but decoding attends to all keys meanwhile."""
+    return 1.0e-5 * num_tokens

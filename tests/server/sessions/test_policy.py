@@ -7,12 +7,18 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.sessions.policy import Candidate, choose_victims, eviction_cost
+from server.sessions import policy
+from server.sessions.policy import Candidate, Victim
 
 
 def candidate(key: str, parent: str | None = None, num_references: int = 0, **options: Any) -> Candidate:
-    facts = {"num_bytes": 100, "rebuild_seconds": 1.0, "idle_seconds": 10.0} | options
+    facts = {"num_bytes": 100, "restore_seconds": 1.0, "idle_seconds": 10.0} | options
     return Candidate(key.encode(), parent.encode() if parent else None, num_references=num_references, **facts)
+
+
+def choose_victims(candidates: list[Candidate], num_bytes: int) -> list[bytes]:
+    """Keys of what is evicted whole."""
+    return [victim.key for victim in policy.choose_victims(candidates, num_bytes) if victim.part == "segment"]
 
 
 def test_nothing_is_evicted_for_nothing() -> None:
@@ -32,7 +38,7 @@ def test_the_longest_idle_goes_first() -> None:
 
 
 def test_the_cheapest_to_rebuild_goes_first() -> None:
-    dear, cheap = candidate("dear", rebuild_seconds=9.0), candidate("cheap", rebuild_seconds=1.0)
+    dear, cheap = candidate("dear", restore_seconds=9.0), candidate("cheap", restore_seconds=1.0)
     assert choose_victims([dear, cheap], 1) == [b"cheap"]
 
 
@@ -70,7 +76,7 @@ def test_victims_are_leaves_when_their_turn_comes_and_no_more_than_needed(
             key=bytes([i]),
             parent=bytes([parents[i]]) if parents[i] >= 0 else None,
             num_bytes=forest[i][2],
-            rebuild_seconds=forest[i][3],
+            restore_seconds=forest[i][3],
             idle_seconds=forest[i][4],
             num_references=sum(p == i for p in parents.values()),
         )
@@ -90,4 +96,26 @@ def test_victims_are_leaves_when_their_turn_comes_and_no_more_than_needed(
 
 
 def test_a_segment_without_bytes_has_a_finite_cost() -> None:
-    assert eviction_cost(candidate("empty", num_bytes=0)) < float("inf")
+    assert candidate("empty", num_bytes=0).cost < float("inf")
+
+
+def test_what_was_found_more_often_stays_longer() -> None:
+    assert choose_victims([candidate("often", num_hits=9, idle_seconds=20.0), candidate("once")], 1) == [b"once"]
+
+
+def test_an_index_goes_first_where_that_is_cheaper_and_its_bytes_count_once() -> None:
+    both = [
+        candidate("dear index", idle_seconds=2.0, index_bytes=10, index_seconds=9.0),
+        candidate("cheap index", idle_seconds=1.0, index_bytes=10, index_seconds=0.001),
+    ]
+    assert policy.choose_victims(both, 10) == [Victim(b"cheap index", "index", 10)]
+    assert policy.choose_victims(both, 200) == [
+        Victim(b"cheap index", "index", 10),
+        Victim(b"dear index", "segment", 100),
+        Victim(b"cheap index", "segment", 90),
+    ]
+
+
+def test_an_index_may_go_though_its_segment_is_continued() -> None:
+    document = candidate("document", num_references=1, index_bytes=10, index_seconds=0.001)
+    assert policy.choose_victims([document], 100) == [Victim(b"document", "index", 10)]
