@@ -97,7 +97,8 @@ def ask_and_print(client: OpenAI, model: str, context: Context, question: Questi
     return answer
 
 
-def ask(client: OpenAI, model: str, chat: list[dict[str, str]], max_tokens: int) -> Answer:
+def ask(client: OpenAI, model: str, chat: list[dict[str, str]], max_tokens: int, **fields: Any) -> Answer:
+    """One streamed answer; `fields` are the server's own, beyond the SDK's."""
     started, arrivals, text, usage = time.perf_counter(), [], "", None
     stream = client.chat.completions.create(
         model=model,
@@ -106,6 +107,7 @@ def ask(client: OpenAI, model: str, chat: list[dict[str, str]], max_tokens: int)
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body=fields,
     )
     for chunk in stream:
         usage = chunk.usage or usage
