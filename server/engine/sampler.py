@@ -16,8 +16,7 @@ from server.engine.events import PromptLogprobs, TokenLogprob
 from server.engine.request import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-5  # below it softmax is one-hot, and float32 may turn the temperature into 0; as in vLLM
-
-
+NOT_FINITE = "the logits are not finite, or no token may be chosen"
 MIN_LOGPROB = -9999.0  # what OpenAI reports for an impossible token; JSON has no infinity
 
 
@@ -71,14 +70,69 @@ def sample(
     """
     chosen_from = penalise(_bias(logits, params, state, num_generated, end_ids), params, state)
     if bool(torch.isnan(chosen_from).any()) or not bool(torch.isfinite(chosen_from.max())):
-        raise NonFiniteLogitsError("the logits are not finite, or no token may be chosen")
-    is_greedy = params.temperature < GREEDY_TEMPERATURE
-    token_id = int(chosen_from.argmax()) if is_greedy else _draw(chosen_from, params, state)
+        raise NonFiniteLogitsError(NOT_FINITE)
+    token_id = int(chosen_from.argmax()) if _is_greedy(params) else _draw(chosen_from, params, state)
     if state.counts is not None:
         state.counts[token_id] += 1
     if state.constraint is not None:
         state.constraint.accept(token_id)
     return _with_logprobs(token_id, logits, params.num_logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's logits `[vocab_size]` and all that its next token hangs on, as for `sample`."""
+
+    logits: Tensor
+    params: SamplingParams
+    state: SamplerState
+    num_generated: int
+    end_ids: frozenset[int]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token hangs on logits, temperature and the random stream alone."""
+        p, state = self.params, self.state
+        has_filter = p.min_p > 0.0 or p.top_k > 0 or p.top_p < 1.0
+        is_free = state.constraint is None and state.counts is None and not p.logit_bias
+        return is_free and (_is_greedy(p) or not has_filter) and self.num_generated >= p.min_tokens
+
+
+def sample_rows(rows: list[Row]) -> list[Sampled | Exception]:
+    """`sample` for each row, or what it raised; plain rows take a few calls together instead of a few each."""
+    results: dict[int, Sampled | Exception] = {}
+    plain = [i for i, row in enumerate(rows) if row.is_plain]
+    results |= zip(plain, _sample_plain([rows[i] for i in plain]) if plain else [], strict=True)
+    for i, row in enumerate(rows):
+        if i not in results:
+            try:
+                results[i] = sample(row.logits, row.params, row.state, row.num_generated, row.end_ids)
+            except Exception as error:
+                results[i] = error
+    return [results[i] for i in range(len(rows))]
+
+
+def _sample_plain(rows: list[Row]) -> list[Sampled | Exception]:
+    logits = torch.stack([row.logits for row in rows])
+    ids = logits.argmax(dim=-1)
+    best = logits.gather(1, ids[:, None])
+    is_finite = torch.isfinite(best[:, 0]).tolist()
+    drawn = [i for i, row in enumerate(rows) if not _is_greedy(row.params)]
+    if drawn:
+        temperatures = torch.tensor([rows[i].params.temperature for i in drawn])
+        scaled = (logits[drawn] - best[drawn]) / temperatures[:, None]
+        noise = torch.empty_like(scaled)
+        for own, i in zip(noise, drawn, strict=True):
+            own.exponential_(generator=rows[i].state.generator)
+        ids[drawn] = (scaled - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()).argmax(dim=-1)
+    return [
+        _with_logprobs(token_id, row.logits, row.params.num_logprobs) if finite else NonFiniteLogitsError(NOT_FINITE)
+        for token_id, row, finite in zip(ids.tolist(), rows, is_finite, strict=True)
+    ]
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_TEMPERATURE
 
 
 def _bias(

@@ -21,7 +21,7 @@ from server.engine.model_runner import ModelRunner, StepResult, Work
 from server.engine.progress import PrefillProgress
 from server.engine.recorder import Recorder, RequestTimes
 from server.engine.request import Request
-from server.engine.sampler import make_state, sample, score_prompt
+from server.engine.sampler import Row, Sampled, make_state, sample_rows, score_prompt
 from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
@@ -173,6 +173,7 @@ class Worker:
 
     def _finish_chunks(self, chunks: list[Chunk], result: StepResult) -> None:
         rows = torch.split(result.logits, [_num_logits(chunk) for chunk in chunks])
+        ready: list[tuple[Sequence, Tensor]] = []
         for chunk, logits in zip(chunks, rows, strict=True):
             sequence = chunk.sequence
             is_last = chunk.num_tokens == sequence.num_remaining
@@ -183,11 +184,28 @@ class Worker:
                 if not chunk.is_decode:
                     self._prefilled(sequence)
                     self._score_prompt(sequence, logits)
-                for choice in self._forked(sequence) if is_last else []:
-                    self._sample(choice, logits[-1])
+                ready += [(choice, logits[-1]) for choice in (self._forked(sequence) if is_last else [])]
             except Exception as error:
-                logger.exception("sampling for request %s failed", sequence.request.request_id)
-                self._fail_request(sequence.state, _as_server_error(error))
+                self._fail_sampling(sequence, error)
+        self._sample(ready)
+
+    def _sample(self, ready: list[tuple[Sequence, Tensor]]) -> None:
+        """Choose the next token of every sequence that has logits and is still open."""
+        ready = [(s, logits) for s, logits in ready if s.status != "finished"]
+        rows = [Row(row, s.request.sampling, s.sampler_state, s.num_generated, s.stop_ids) for s, row in ready]
+        for (sequence, _), chosen in zip(ready, sample_rows(rows), strict=True):
+            if sequence.status == "finished":
+                continue  # a sibling's failure has just ended the request
+            try:
+                if isinstance(chosen, Exception):
+                    raise chosen
+                self._sampled(sequence, chosen)
+            except Exception as error:
+                self._fail_sampling(sequence, error)
+
+    def _fail_sampling(self, sequence: Sequence, error: Exception) -> None:
+        logger.error("sampling for request %s failed", sequence.request.request_id, exc_info=error)
+        self._fail_request(sequence.state, _as_server_error(error))
 
     def _prefilled(self, sequence: Sequence) -> None:
         """A prefill chunk was computed: report it and, at the prompt's end, seal."""
@@ -231,13 +249,12 @@ class Worker:
             self.scheduler.add_running(twin)
         return list(siblings)
 
-    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
-        """Choose the next token, tell the request, and end the choice when it is over."""
-        state, params = sequence.state, sequence.request.sampling
+    def _sampled(self, sequence: Sequence, chosen: Sampled) -> None:
+        """The next token is known: tell the request, and end the choice when it is over."""
+        state = sequence.state
         if sequence.request.max_new_tokens == 0:  # the prompt was to be read, and nothing else
             self._finish(sequence, "length", None)
             return
-        chosen = sample(logits, params, sequence.sampler_state, sequence.num_generated, sequence.stop_ids)
         now = time.monotonic()
         if state.first_token is None:
             state.first_token = now

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from server.engine.request import SamplingParams
-from server.engine.sampler import NonFiniteLogitsError, SamplerState, make_state, penalise, sample
+from server.engine.sampler import (
+    NonFiniteLogitsError,
+    Row,
+    Sampled,
+    SamplerState,
+    make_state,
+    penalise,
+    sample,
+    sample_rows,
+)
 
 VOCAB = 8
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5, -2.0, 1.5, -0.5])  # by rank: 1 6 2 4 0 7 3 5
@@ -357,3 +366,39 @@ def test_a_large_vocabulary_keeps_its_tail() -> None:
     tokens = [draw(logits, seed=seed) for seed in range(40)]
     assert sum(t >= 25_000 for t in tokens) == pytest.approx(20, abs=10)
     assert len(set(tokens)) > 35
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.3, "num_logprobs": 3},
+    {"temperature": 1.7, "top_p": 0.8},
+    {"temperature": 0.0, "top_k": 1},
+    {"temperature": 1.0, "presence_penalty": 0.5},
+    {"temperature": 0.0, "logit_bias": ((3, 5.0),)},
+    {"temperature": 0.9, "min_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("vocab_size", [8, 4099])
+def test_rows_together_are_rows_one_by_one(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    params = [SamplingParams(**fields) for fields in MIXED]
+    alone = [make_state(p, (), 0, 5 + i, vocab_size) for i, p in enumerate(params)]
+    together = [make_state(p, (), 0, 5 + i, vocab_size) for i, p in enumerate(params)]
+    for step in range(40):
+        logits = torch.randn(len(params), vocab_size, generator=generator).round(decimals=1)  # with equals among them
+        ends = frozenset({step % vocab_size})
+        expected = [sample(row, p, s, step, ends) for row, p, s in zip(logits, params, alone, strict=True)]
+        rows = [Row(row, p, s, step, ends) for row, p, s in zip(logits, params, together, strict=True)]
+        assert sample_rows(rows) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+    logits = torch.stack([LOGITS, torch.full_like(LOGITS, bad), LOGITS, torch.full_like(LOGITS, bad)])
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.0, 1.0, 1.0)]
+    rows = [Row(row, p, make_state(p, (), 0, 1, VOCAB), 0, NO_IDS) for row, p in zip(logits, params, strict=True)]
+    kinds = [type(result) for result in sample_rows(rows)]
+    assert kinds == [Sampled, NonFiniteLogitsError, Sampled, NonFiniteLogitsError]
+    assert sample_rows([]) == []
