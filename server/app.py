@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import chat, completions, errors, messages, models, ops, responses, tokenize
+from server.api import chat, completions, errors, messages, models, ops, responses, sessions, tokenize
 from server.api.face import EngineFace
 from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, KeyConcurrency, RequestId
 from server.api.sampling import MODEL_DEFAULTS
@@ -28,7 +28,7 @@ def create_app(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, met
     app = FastAPI(title="retrieval-server", version=package_version(), docs_url=None, redoc_url=None)
     app.state.service = _service(settings, engine, tokenizer, metrics)
     errors.install(app)
-    for module in (chat, completions, responses, messages, models, tokenize, ops):
+    for module in (chat, completions, responses, messages, sessions, models, tokenize, ops):
         app.include_router(module.router)
     _add_middleware(app, settings)
     return app
@@ -72,7 +72,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_allow_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID],
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from server.engine.events import Done, Event, Failure, Finish, Progress, Token, TokenLogprob, Usage
 from server.engine.request import Request
+from server.engine.session_info import SessionBytes, SessionInfo, SessionKey, SessionList
 from server.engine.tokenizer import Tokenizer
-from server.errors import ServerError, UnavailableError
+from server.errors import ConflictError, DiskUnavailableError, NotFoundError, ServerError, UnavailableError
 
 Script = Callable[[Request], list[Event]]
 
@@ -55,6 +58,53 @@ class FakeStream:
         self._changed.set()
 
 
+class FakeSessions:
+    """Knows the names of the requests that came, and what was asked; nothing is kept, so nothing can be saved."""
+
+    def __init__(self) -> None:
+        self.known: dict[SessionKey, SessionInfo] = {}
+        self.asked: list[tuple[Any, ...]] = []
+
+    def came(self, key: SessionKey, num_tokens: int) -> None:
+        self.known[key] = SessionInfo(
+            key.name, "ready", 1.5, 2.5, num_tokens, num_tokens, 1, 0, 0, 0, 0, 0, 1.0, False, None, None, None,
+            SessionBytes(host_kv=num_tokens, own=num_tokens),
+        )  # fmt: skip
+
+    async def list(self, owner: str, salt: str) -> SessionList:
+        mine = [info for key, info in self.known.items() if (key.owner, key.salt) == (owner, salt)]
+        return SessionList(tuple(reversed(mine)), SessionBytes(host_kv=sum(info.num_tokens for info in mine)))
+
+    async def get(self, key: SessionKey) -> SessionInfo:
+        if key not in self.known:
+            raise NotFoundError(f"there is no session '{key.name}'", code="session_not_found", param="id")
+        return self.known[key]
+
+    async def delete(self, key: SessionKey) -> int:
+        await self.get(key)
+        return self.known.pop(key).num_tokens
+
+    async def pin(self, key: SessionKey, ttl_seconds: float | None) -> SessionInfo:
+        self.asked.append(("pin", key.name, ttl_seconds))
+        self.known[key] = replace(await self.get(key), is_pinned=ttl_seconds != 0, pinned_until=ttl_seconds or None)
+        return self.known[key]
+
+    async def save(self, key: SessionKey) -> SessionInfo:
+        await self.get(key)
+        raise DiskUnavailableError("this server keeps nothing on disk")
+
+    async def restore(self, key: SessionKey) -> SessionInfo:
+        self.asked.append(("restore", key.name))
+        return await self.get(key)
+
+    async def fork(self, key: SessionKey, name: str) -> SessionInfo:
+        twin = replace(key, name=name)
+        if twin in self.known:
+            raise ConflictError(f"there is a session '{name}' already", code="session_exists", param="id")
+        self.known[twin] = replace(await self.get(key), name=name)
+        return self.known[twin]
+
+
 class FakeEngine:
     """Answers every request with `script(request)`; `refusal`, when set, is raised by `submit`."""
 
@@ -63,6 +113,7 @@ class FakeEngine:
         self.max_model_len = 4096
         self.is_alive = True
         self.script = script
+        self.sessions = FakeSessions()
         self.refusal: ServerError | None = None
         self.requests: list[Request] = []
         self.streams: list[FakeStream] = []
@@ -73,6 +124,8 @@ class FakeEngine:
             raise self.refusal
         stream = FakeStream(self.script(request), request)
         self.requests.append(request)
+        if request.session is not None:
+            self.sessions.came(request.session, len(request.prompt_token_ids))
         self.streams.append(stream)
         self.submitted.set()
         return stream
