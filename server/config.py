@@ -164,6 +164,11 @@ class Settings(BaseSettings):
     """Type of stored keys and values; auto: the model's. int8 halves their memory (a scale per token and head)."""
     kv_host_memory: ByteSize = Field(ByteSize(0), ge=0)
     """Host memory for keys, values and indexes, as bytes or with a unit (8GiB); 0: from what the machine has."""
+    kv_disk: ByteSize = Field(ByteSize(0), ge=0)
+    """Disk space for them below --kv-disk-path, as bytes or with a unit (100GiB); 0: half of what is free there."""
+    kv_disk_path: str | None = None
+    """Directory where keys, values and indexes outlive memory and the process, for one server at a time; none: they
+    are kept in memory only. Files hold what prompts said: they are readable by this user alone."""
     prefix_caching: bool = True
     """Reuse what was read before when a prompt starts with the same tokens."""
     num_threads: int = Field(0, ge=0)
@@ -200,7 +205,7 @@ class Settings(BaseSettings):
         """The engine's part, as plain values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)}
         values["model"] = self.model or str(DEMO_MODEL)
-        values["kv_host_memory"] = int(self.kv_host_memory)
+        values["kv_host_memory"], values["kv_disk"] = int(self.kv_host_memory), int(self.kv_disk)
         return EngineConfig(**values)
 
 

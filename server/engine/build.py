@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from retrieval.builder import IndexBuilder
 from retrieval.context import StaticSet
 from retrieval.decode import Decoder, NativeDecoder, TorchDecoder
 from retrieval.index import kind_class
+from retrieval.index_files import IndexFiles
 from retrieval.methods import make_method
 from retrieval.probe import LiveProbe
 from retrieval.segment_index import CodesMaker
@@ -20,7 +23,10 @@ from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.recorder import Recorder
 from server.sessions.budget import Budget, default_host_budget
+from server.sessions.disk import Disk, open_disk
+from server.sessions.disk_files import DiskLockedError
 from server.sessions.manager import SessionManager
+from server.sessions.records import SessionRecords
 from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
@@ -51,6 +57,8 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
         builder = IndexBuilder(kind, config.index_options, config.num_sink_tokens, recorder.index_build, codes)
         if config.live_recall_interval:
             runner.probe = LiveProbe(PROBED_KEYS, runner.scale, recorder.live_recall)
+    files = IndexFiles(kind, config.index_options, config.num_sink_tokens, codes) if builder is not None else None
+    disk = open_disk_tier(config, runner, files, recorder)
     manager = SessionManager(
         runner.geometry,
         StaticSet(config.num_sink_tokens, config.window_size, config.seal_tokens),
@@ -60,8 +68,38 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
         device=runner.device,
         prefix_caching=config.prefix_caching,
         compacts=builder is None or kind not in ATTENTION_AWARE,
+        disk=disk,
     )
-    return Engine(config, runner, manager, SessionRegistry(manager, recorder), recorder)
+    records = SessionRecords(disk.folder / "sessions", disk.model) if disk is not None else None
+    return Engine(config, runner, manager, SessionRegistry(manager, recorder, records=records), recorder)
+
+
+def open_disk_tier(
+    config: EngineConfig, runner: ModelRunner, indexes: IndexFiles | None, recorder: Recorder
+) -> Disk | None:
+    """The disk tier, where one is asked for; a directory that cannot be used is counted, one in use is an error."""
+    if config.kv_disk_path is None or not config.prefix_caching:
+        return None
+    started, directory = time.perf_counter(), Path(config.kv_disk_path)
+    try:
+        disk = open_disk(
+            directory,
+            config.kv_disk,
+            runner.fingerprint(),
+            runner.geometry,
+            indexes,
+            recorder,
+            pin_memory=runner.device.type == "cuda",
+        )
+    except DiskLockedError:
+        raise
+    except OSError as error:
+        logger.warning("nothing will be kept on disk: %s", error)
+        recorder.degraded("kv_disk_unusable")
+        return None
+    seconds, stats = time.perf_counter() - started, disk.stats()
+    logger.info("found %d segments in %s, %.1f s", stats.num_segments, directory, seconds)
+    return disk
 
 
 def load_core(config: EngineConfig, recorder: Recorder) -> Any:

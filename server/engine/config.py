@@ -37,5 +37,7 @@ class EngineConfig:
 
     kv_cache_dtype: str = "auto"  # auto (the model's dtype) or int8
     kv_host_memory: int = 0  # bytes for K, V and indexes in host memory; 0: from the machine
+    kv_disk: int = 0  # bytes for them on disk; 0: half of what is free there
+    kv_disk_path: str | None = None  # directory; None: nothing is kept on disk
     prefix_caching: bool = True  # reuse segments between requests
     num_threads: int = 0  # compute threads; 0: physical cores

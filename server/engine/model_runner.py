@@ -23,6 +23,7 @@ from retrieval.decode import Decoder
 from retrieval.methods import AttentionMethod
 from retrieval.probe import LiveProbe
 from server.engine.config import EngineConfig
+from server.engine.fingerprint import fingerprint
 from server.engine.fused_model import fuse
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,13 @@ class ModelRunner:
         """Wait for the live check under way."""
         if self.probe is not None:
             self.probe.close()
+
+    def fingerprint(self) -> str:
+        """A digest of all that K and V of a token depend on: every weight, the model's configuration, their dtypes."""
+        config = {
+            k: v for k, v in self.hf_config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        }
+        return fingerprint(config, self._model.state_dict(), self.geometry)
 
     def prefill_done(self, context: Context) -> None:
         """Tell the attention method that the context's prompt is committed."""

@@ -74,6 +74,8 @@ class Worker:
     def step(self) -> None:
         """Schedule, run, post-process. A failure ends only the requests that cannot run alone."""
         started = time.perf_counter()
+        if self.scheduler.waiting:
+            self.manager.settle()  # what the first of them waits for may have come from disk, or gone there
         chunks, preempted = self.scheduler.schedule()
         for _ in preempted:
             self._recorder.preemption()
@@ -90,9 +92,9 @@ class Worker:
             self.report()
 
     def _fail_stuck(self) -> None:
-        """Nothing runs and the head of the queue still is not admitted: it waits for builds, or never fits."""
-        if self.manager.num_pending_builds:
-            time.sleep(0.005)
+        """Nothing runs and the head of the queue still is not admitted: it waits for threads, or never fits."""
+        if self.manager.num_pending:
+            time.sleep(0.002)
             return
         sequence = self.scheduler.waiting[0]
         stats = self.manager.stats()
@@ -113,6 +115,9 @@ class Worker:
         state, request = sequence.state, sequence.request
         total = len(request.prompt_token_ids) + request.max_new_tokens
         is_scored = request.sampling.num_prompt_logprobs is not None  # K and V alone tell no logits
+        if not is_scored and not self.manager.prepare(sequence.token_ids, request.cache_salt):
+            sequence.refused_at = self.manager.num_changes
+            return False
         context = self.manager.open(sequence.token_ids, request.cache_salt, total, reuse=not is_scored)
         needed = self.worst_case_bytes(request, context.tail_start)
         if not self.manager.reserve(needed):
@@ -361,12 +366,21 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.segments("host", stats.num_segments)
+        self._report_disk()
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
         self.sessions.report()
 
+    def _report_disk(self) -> None:
+        if self.manager.has_disk:
+            disk = self.manager.disk_stats
+            self._recorder.memory("disk", "kv", disk.kv_bytes)
+            self._recorder.memory("disk", "index", disk.index_bytes)
+            self._recorder.memory("host", "staging", self.manager.staging_bytes)
+            self._recorder.segments("disk", disk.num_segments)
+
     def idle_seconds(self) -> float | None:
         """How long nothing will happen by itself while there is no work; None: ever."""
-        return 0.2 if self.manager.num_pending_builds else self.sessions.seconds_to_expiry()
+        return 0.2 if self.manager.is_settling else self.sessions.seconds_to_expiry()
 
 
 def _work(chunk: Chunk) -> Work:
