@@ -85,7 +85,8 @@ class Disk:
     ) -> None:
         """model: fingerprint of what K and V are computed with. indexes: how they are written; None: not at all."""
         self.limit_bytes = limit_bytes
-        self._files, self._lock, self._model, self._geometry = files, lock, model, geometry
+        self.model = model
+        self._files, self._lock, self._geometry = files, lock, geometry
         self._indexes, self._recorder, self._pin_memory = indexes, recorder, pin_memory
         self._entries: dict[bytes, DiskEntry] = {}
         self._guard = threading.Lock()  # of the entries; never held while a file is touched
@@ -95,7 +96,7 @@ class Disk:
         self._files.tidy()
         for path in self._files.segments():
             try:
-                record = read_record(path, self._model)
+                record = read_record(path, self.model)
                 if record.digest.hex() != path.stem:
                     raise TensorFileError(path, "damaged", "bears another segment's name")
                 status = path.stat()
@@ -111,6 +112,11 @@ class Disk:
                 self._entries[record.digest] = entry
 
     # --- what is there --------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Where this model's files are."""
+        return self._files.folder
 
     @property
     def keeps_indexes(self) -> bool:
@@ -191,7 +197,7 @@ class Disk:
                 self._files.failed("kv_disk_full", f"no room for {needed} bytes in {self._files.folder}")
                 return False
             written = self._files.write(
-                record.digest, "segment", lambda path: write_segment(path, record, kv, self._model)
+                record.digest, "segment", lambda path: write_segment(path, record, kv, self.model)
             )
             if written is None:
                 return False
@@ -238,7 +244,7 @@ class Disk:
         """A segment read and checked as a whole; None, and the entry is forgotten, if that cannot be."""
         path = self._files.path(digest, "segment")
         try:
-            record, kv = read_segment(path, self._model, self._geometry, self._pin_memory)
+            record, kv = read_segment(path, self.model, self._geometry, self._pin_memory)
             if record.digest != digest:
                 raise TensorFileError(path, "damaged", "bears another segment's name")
         except TensorFileError as error:

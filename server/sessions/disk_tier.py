@@ -72,6 +72,11 @@ class DiskTier:
         return len(self._loads) + sum(save.is_spill for save in self._saves.values())
 
     @property
+    def is_busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._loads or self._saves)
+
+    @property
     def spilling_bytes(self) -> int:
         """Bytes of memory that will be free when the writes under way have ended."""
         return sum(_bytes(save.segment) for save in self._saves.values() if save.is_spill)

@@ -120,8 +120,7 @@ class SessionManager:
 
     def held_bytes(self) -> int:
         """Bytes of all segments, indexes included, and of those that only a write to disk still holds."""
-        staging = self._tier.staging_bytes if self._tier is not None else 0
-        return staging + sum(s.kv_bytes + s.index_bytes for s in self.store)
+        return self.staging_bytes + sum(s.kv_bytes + s.index_bytes for s in self.store)
 
     def open(self, token_ids: list[int], salt: str, max_tokens: int, reuse: bool = True) -> Context:
         """A context with the longest stored prefix of the prompt, or nothing; `max_tokens` it may grow to."""
@@ -177,6 +176,11 @@ class SessionManager:
     def num_pending(self) -> int:
         """Whatever background threads work on that memory or requests may wait for."""
         return self.num_pending_builds + (self._tier.num_pending if self._tier is not None else 0)
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether background threads will have results to take over."""
+        return self.num_pending_builds > 0 or (self._tier is not None and self._tier.is_busy)
 
     @property
     def num_pending_builds(self) -> int:
@@ -287,6 +291,16 @@ class SessionManager:
         """Bytes held on disk."""
         stats = self.disk_stats
         return stats.kv_bytes + stats.index_bytes
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a disk tier."""
+        return self._tier is not None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of host memory that only a write to disk still holds."""
+        return self._tier.staging_bytes if self._tier is not None else 0
 
     @property
     def disk_stats(self) -> DiskStats:
