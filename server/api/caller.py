@@ -28,7 +28,7 @@ class Caller:
         return SessionKey(self.owner, self.salt(salt_in_body), name)
 
 
-def _caller(
+async def _caller(
     request: Request,
     x_session_id: Annotated[SessionName | None, Header()] = None,
     x_cache_salt: Annotated[Name | None, Header()] = None,
