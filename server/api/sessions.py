@@ -57,7 +57,7 @@ async def list_sessions(
         200: {"model": SessionObject, **STREAM},
         202: {
             "model": SessionObject,
-            "description": "With `background`: the prompt is queued; GET tells how far it is.",
+            "description": "With `background`: queued; GET tells how far it is.",
         },
     },
 )
