@@ -124,7 +124,7 @@ class Context:
         tail, self.tail = self.tail, self._new_tail(num_kept)
         self.tail.copy_range(tail, num_sealed, num_sealed + num_kept)
         tail.length = num_sealed
-        segment = self._store.add(self.salt, parent, run, host_copy(tail))
+        segment = self._store.add(self.salt, parent, run, tail.sealed())
         self._hold.move(path_to(PathEntry(segment, num_sealed)))  # not always the old path: the content may be known
         return segment
 
@@ -180,12 +180,3 @@ def open_context(
     for entry in found:
         entry.segment.num_hits += 1
     return context
-
-
-def host_copy(kv: KvBuffer) -> KvBuffer:
-    """The buffer itself when it is in host memory, else a pinned host copy."""
-    if kv.device.type == "cpu":
-        return kv
-    host = KvBuffer(kv.geometry, kv.length, torch.device("cpu"), pin=True)
-    host.copy_range(kv, 0, kv.length)
-    return host

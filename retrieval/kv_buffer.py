@@ -1,15 +1,22 @@
 """Growing storage for K and V of all layers of a run of tokens, as they are or as int8.
 
 Owns the memory; knows nothing of segments, sequences or attention. Written by the engine thread alone;
-readers of the first `length` tokens are safe on any thread, since those are never changed.
+readers of the first `length` tokens are safe on any thread, since those are never changed. Host memory is mapped
+for each buffer by itself: what is freed goes back to the system at once, whatever lies around it on the heap.
 """
 
 from __future__ import annotations
+
+import math
+import mmap
 
 import torch
 from torch import Tensor
 
 from retrieval.geometry import Geometry
+
+MIN_MAPPED_BYTES = 64 * 1024  # smaller ones are the heap's
+MAX_SLACK = 0.02  # of its bytes, that a sealed buffer may hold beyond them
 
 
 class KvBuffer:
@@ -25,21 +32,29 @@ class KvBuffer:
         self.geometry = geometry
         self.device = device
         self.length = 0
+        self._touched = 0  # tokens ever valid
         self._pin = pin
         self._allocate(max(1, capacity))
 
     def _allocate(self, capacity: int) -> None:
         g = self.geometry
         shape = (g.num_layers, g.num_kv_heads, capacity, g.head_dim)
-        self.keys = torch.empty(shape, dtype=g.kv_dtype, device=self.device, pin_memory=self._pin)
-        self.values = torch.empty(shape, dtype=g.kv_dtype, device=self.device, pin_memory=self._pin)
+        self.keys = self._empty(shape, g.kv_dtype)
+        self.values = self._empty(shape, g.kv_dtype)
         self.key_scales = self._scales(shape[:3])
         self.value_scales = self._scales(shape[:3])
 
     def _scales(self, shape: tuple[int, ...]) -> Tensor | None:
         if not self.geometry.is_quantized:
             return None
-        return torch.empty(shape, dtype=torch.float32, device=self.device, pin_memory=self._pin)
+        return self._empty(shape, torch.float32)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self.device.type != "cpu" or self._pin or num_bytes < MIN_MAPPED_BYTES:
+            return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self._pin)
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with the tensor
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
@@ -66,7 +81,7 @@ class KvBuffer:
         old = self._tensors()
         self._allocate(max(self.length + num_new, 2 * self.capacity))
         for source, target in zip(old, self._tensors(), strict=True):
-            target[:, :, : self.length] = source[:, :, : self.length]
+            _copy(target[:, :, : self.length], source[:, :, : self.length])
 
     def write(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put `[num_kv_heads, num_new, head_dim]` after the valid tokens of one layer; `reserve` came before."""
@@ -94,13 +109,40 @@ class KvBuffer:
     def commit(self, num_new: int) -> None:
         """Declare `num_new` tokens written in all layers."""
         self.length += num_new
+        self._touched = max(self._touched, self.length)
 
     def copy_range(self, source: KvBuffer, begin: int, end: int) -> None:
         """Append tokens `[begin, end)` of another buffer of the same geometry."""
         self.reserve(end - begin)
         for theirs, ours in zip(source._tensors(), self._tensors(), strict=True):
-            ours[:, :, self.length : self.length + end - begin] = theirs[:, :, begin:end]
-        self.length += end - begin
+            _copy(ours[:, :, self.length : self.length + end - begin], theirs[:, :, begin:end])
+        self.commit(end - begin)
+
+    def sealed(self) -> KvBuffer:
+        """The valid tokens in host memory, in a buffer that will not grow and holds hardly a byte more: this one, or
+        a copy where its pages would hold too much besides."""
+        if self.device.type == "cpu" and (self.capacity == self.length or self._slack_bytes <= MAX_SLACK * self.nbytes):
+            return self
+        exact = KvBuffer(self.geometry, self.length, torch.device("cpu"), pin=self._pin or self.device.type == "cuda")
+        exact.copy_range(self, 0, self.length)
+        return exact
+
+    @property
+    def _slack_bytes(self) -> int:
+        """What lies on pages that were touched, and is not valid: at most what was written and taken back, and a page
+        at each end of every head's rows. Pinned memory is not counted: it is whole anyway, and dear to copy."""
+        if self._pin:
+            return 0
+        num_rows = sum(t.shape[0] * t.shape[1] for t in self._tensors())
+        return (self._touched - self.length) * self.geometry.kv_bytes_per_token + 2 * num_rows * mmap.PAGESIZE
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """On the caller's thread alone where both are in host memory: torch would wake a pool of threads for it."""
+    if target.device.type == source.device.type == "cpu":
+        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+    else:
+        target.copy_(source)
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

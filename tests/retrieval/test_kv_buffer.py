@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +109,54 @@ def test_int8_keeps_every_row_within_half_a_step_of_its_scale(make_geometry: Any
     copy = KvBuffer(geometry, 1, CPU)
     copy.copy_range(buffer, 10, 30)
     assert torch.equal(copy.read_keys(0, 0, 20), buffer.read_keys(0, 10, 30))
+
+
+def test_a_sealed_buffer_holds_what_is_valid_and_hardly_more(world: Any) -> None:
+    buffer = KvBuffer(world.geometry, 3000, CPU)
+    world.extend(buffer, 1000)
+    keys = buffer.keys[:, :, :900].clone()
+    buffer.length = 900
+    sealed = buffer.sealed()
+    assert (sealed.length, sealed.capacity) == (900, 900)
+    assert torch.equal(sealed.keys, keys)
+
+
+def test_a_buffer_that_holds_hardly_more_is_sealed_as_it_is(make_world: Any, make_geometry: Any) -> None:
+    world = make_world(geometry=make_geometry(num_layers=1, num_kv_heads=1, head_dim=64))
+    buffer = KvBuffer(world.geometry, 6000, CPU)
+    world.extend(buffer, 5000)
+    assert buffer.sealed() is buffer
+    exact = world.kv(10)
+    assert exact.sealed() is exact
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_copying_is_bitwise(make_world: Any, make_geometry: Any, is_quantized: bool) -> None:
+    geometry = replace(make_geometry(dtype=torch.bfloat16), is_quantized=is_quantized)
+    world = make_world(geometry=geometry)
+    source, target = world.kv(50), world.kv(3)
+    target.copy_range(source, 7, 40)
+    for layer_idx in range(geometry.num_layers):
+        assert torch.equal(target.read_keys(layer_idx, 3, 36), source.read_keys(layer_idx, 7, 40))
+        assert torch.equal(target.read_values(layer_idx, 3, 36), source.read_values(layer_idx, 7, 40))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_host_memory_goes_back_when_the_last_reader_lets_go(make_world: Any, make_geometry: Any) -> None:
+    world = make_world(geometry=make_geometry(head_dim=64))
+    before = resident_bytes()
+    buffer = KvBuffer(world.geometry, 32_000, CPU)
+    assert resident_bytes() - before < 1 << 20, "what is not written is not there"
+    buffer.keys.zero_()
+    buffer.values.zero_()
+    buffer.commit(32_000)
+    rows = buffer.keys[1, 0, :10]
+    assert resident_bytes() - before > 0.9 * buffer.nbytes
+    size = buffer.nbytes
+    del buffer
+    assert rows.sum() == 0
+    del rows
+    assert resident_bytes() - before < 0.1 * size
