@@ -22,7 +22,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError(f"{ascii(key[:32])} is not a token id")
+            raise ValueError(f"{key[:32]!a} is not a token id")
     return bias
 
 
