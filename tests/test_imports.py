@@ -40,7 +40,9 @@ NEVER = {
     "retrieval/segments.py": ("retrieval.adapter", "retrieval.attention"),
 }
 # The API sees of the engine only what crosses the border.
-API_MAY_SEE = tuple(f"server.engine.{name}" for name in ("constraint", "events", "grammar", "request", "session_info", "tokenizer"))
+API_MAY_SEE = tuple(
+    f"server.engine.{name}" for name in ("constraint", "events", "grammar", "request", "session_info", "tokenizer")
+)
 
 
 def imports_of(path: Path) -> set[str]:

@@ -14,12 +14,13 @@ from server.api import sse
 from server.api.caller import CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
-from server.api.logprobs import chat_logprobs
+from server.api.json_answer import json_response
+from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.parts.base import CallArguments, CallStart, Content, Part, Reasoning
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
 from server.api.turn import CollectedTurn, Turn, TurnDelta, collect, new_call_id, prepare
-from server.api.usage import usage_info
+from server.api.usage import usage_info, usage_so_far
 from server.api.wire.chat import AnswerMessage, ChatChoice, ChatChunk, ChatRequest, ChatResponse, ChunkChoice
 from server.api.wire.chat import Delta as WireDelta
 from server.api.wire.generation import UsageInfo
@@ -51,38 +52,42 @@ class ChatAnswer:
 
     async def collect(self) -> Response:
         """The whole answer as one JSON document."""
-        choices, usage = await collect(self.turn)
+        whole = await collect(self.turn)
         answer = ChatResponse(
             id=self.id,
             object="chat.completion",
             created=self.created,
             model=self.model,
-            choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
-            usage=usage_info(usage),
+            choices=[self._choice(index, choice) for index, choice in enumerate(whole.choices)],
+            usage=usage_info(whole.usage),
         )
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        is_scored = self.turn.body.prompt_logprobs is not None
+        if is_scored:
+            answer.prompt_logprobs = await prompt_logprobs(whole.prompt_scores, self.turn.service.tokenizer)
+        return await json_response(answer, is_large=is_scored, exclude_unset=True)
 
     async def stream(self) -> AsyncGenerator[str]:
         """The answer as events: the role, the parts as they come, the finish reason, the usage when asked for."""
-        options = self.turn.body.stream_options
-        has_usage = options is not None and options.include_usage
         has_begun = False
-        texts = [self._text_events(index, has_usage) for index in range(self.turn.request.sampling.n)]
+        texts = [self._text_events(index) for index in range(self.turn.request.sampling.n)]
+        tells_usage = self.turn.body.has_usage_throughout
         async with aclosing(self.turn.run()) as updates:
             async for update in updates:
                 if not has_begun and not isinstance(update, Progress):
                     has_begun = True
                     for index in range(self.turn.request.sampling.n):
-                        yield self._event(_role_choice(index), has_usage)
+                        yield self._event(_role_choice(index), 0)
+                        if self.echo:
+                            yield self._event(_text_choice(index, self.echo), 0)
                 match update:
                     case Progress():
                         yield sse.comment(update)
-                    case TurnDelta(index, (Content(text),), (), None):  # nearly all of them
+                    case TurnDelta(index, (Content(text),), (), None) if not tells_usage:  # nearly all of them
                         yield texts[index].render(text)
                     case TurnDelta():
                         for choice in self._chunk_choices(update):
-                            yield self._event(choice, has_usage)
-                    case TextUsage() if has_usage:
+                            yield self._event(choice, update.num_tokens)
+                    case TextUsage() if self.turn.body.has_usage:
                         yield sse.event(self._chunk([], usage=usage_info(update)))
         yield sse.DONE
 
@@ -90,7 +95,7 @@ class ChatAnswer:
         tokenizer = self.turn.service.tokenizer
         return ChatChoice(
             index=index,
-            message=_message(collected),
+            message=_message(collected, self.echo),
             logprobs=chat_logprobs(collected.tokens, tokenizer) if self.turn.body.logprobs else None,
             finish_reason=collected.finish_reason,
             stop_reason=collected.stop_reason,
@@ -113,14 +118,23 @@ class ChatAnswer:
                 stop_reason=delta.stop_reason,
             )
 
-    def _text_events(self, index: int, has_usage: bool) -> sse.TextEvents:
-        choice = ChunkChoice(
-            index=index, delta=WireDelta(content=sse.TextEvents.MARK), logprobs=None, finish_reason=None
-        )
-        return sse.TextEvents(self._chunk([choice], usage=None) if has_usage else self._chunk([choice]))
+    def _text_events(self, index: int) -> sse.TextEvents:
+        choice = _text_choice(index, sse.TextEvents.MARK)
+        return sse.TextEvents(self._chunk([choice], usage=None) if self.turn.body.has_usage else self._chunk([choice]))
 
-    def _event(self, choice: ChunkChoice, has_usage: bool) -> str:
-        return sse.event(self._chunk([choice], usage=None) if has_usage else self._chunk([choice]))
+    def _event(self, choice: ChunkChoice, num_tokens: int) -> str:
+        body = self.turn.body
+        if not body.has_usage:
+            return sse.event(self._chunk([choice]))
+        num_prompt_tokens = len(self.turn.request.prompt_token_ids)
+        usage = usage_so_far(num_prompt_tokens, num_tokens) if body.has_usage_throughout else None
+        return sse.event(self._chunk([choice], usage=usage))
+
+    @property
+    def echo(self) -> str:
+        """What stands before the answer: the message it goes on with, as vLLM's `echo` has it."""
+        last = self.turn.body.messages[-1]
+        return last.text if self.turn.body.echo and last.role == "assistant" else ""
 
     def _chunk(self, choices: list[ChunkChoice], **usage: UsageInfo | None) -> ChatChunk:
         """`usage` is written when given, even as null."""
@@ -129,10 +143,11 @@ class ChatAnswer:
         )
 
 
-def _message(collected: CollectedTurn) -> AnswerMessage:
+def _message(collected: CollectedTurn, echo: str) -> AnswerMessage:
     """Content is null when there is nothing but calls, as in OpenAI's API; other fields stand only when filled."""
-    has_content = bool(collected.content.strip()) or not collected.calls
-    message = AnswerMessage(role="assistant", content=collected.content if has_content else None, refusal=None)
+    content = echo + collected.content
+    has_content = bool(content.strip()) or not collected.calls
+    message = AnswerMessage(role="assistant", content=content if has_content else None, refusal=None)
     if collected.reasoning:
         message.reasoning_content = collected.reasoning
     if collected.calls:
@@ -162,3 +177,7 @@ def _part_delta(part: Part) -> WireDelta:
 
 def _role_choice(index: int) -> ChunkChoice:
     return ChunkChoice(index=index, delta=WireDelta(role="assistant", content=""), logprobs=None, finish_reason=None)
+
+
+def _text_choice(index: int, text: str) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=WireDelta(content=text), logprobs=None, finish_reason=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.api.streaming import Delta, ScoredToken
@@ -24,6 +26,17 @@ class Collected:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, which must have been scored; nothing at all is the worst."""
+        total = sum(token.logprob.logprob for token in self.tokens)
+        return total / len(self.tokens) if self.tokens else -math.inf
+
+    @property
     def text(self) -> str:
         """The whole text."""
         return "".join(self.texts)
+
+
+def best(choices: Sequence[Collected], number: int) -> list[Collected]:
+    """Those with the highest log-probability per token, as OpenAI's `best_of` has it, the best one first."""
+    return sorted(choices, key=lambda choice: -choice.mean_logprob)[:number]

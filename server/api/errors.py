@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from server.api.wire.errors import ErrorEnvelope, ErrorInfo
@@ -80,6 +82,15 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
     return InvalidRequestError(
         f"'{param}': {message}" if param and f"'{param}'" not in message else message, param=param
     )
+
+
+@contextmanager
+def translating() -> Iterator[None]:
+    """For one protocol's body put into another's words: what those cannot say is the caller's error, not a defect."""
+    try:
+        yield
+    except ValidationError as error:
+        raise validation_error([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
 
 
 def install(app: FastAPI) -> None:

@@ -14,6 +14,7 @@ from server.api import sse
 from server.api.caller import Caller, CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ANTHROPIC_ERRORS, STREAM
+from server.api.errors import translating
 from server.api.message_blocks import Blocks, content_blocks
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
@@ -49,7 +50,9 @@ async def create_message(body: MessagesRequest, http: Request, service: ServiceD
     """Answers a conversation, in Anthropic's protocol."""
     model = service.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    answer = MessageAnswer(await prepare(chat_request(body), service, message_id, caller), model)
+    with translating():
+        chat = chat_request(body)
+    answer = MessageAnswer(await prepare(chat, service, message_id, caller), model)
     if body.stream:
         return sse.EventStream(answer.stream(), service.keepalive_seconds, sse.anthropic_error)
     return await unless_disconnected(http, answer.collect())
@@ -59,7 +62,9 @@ async def create_message(body: MessagesRequest, http: Request, service: ServiceD
 async def count_tokens(body: CountTokensRequest, service: ServiceDep) -> CountTokensResponse:
     """How many tokens the prompt of such a message has."""
     service.check_model(body.model)
-    turn = await prepare(_prompt(body), service, "count", Caller())
+    with translating():
+        chat = _prompt(body)
+    turn = await prepare(chat, service, "count", Caller())
     return CountTokensResponse(input_tokens=len(turn.request.prompt_token_ids))
 
 
@@ -72,9 +77,10 @@ class MessageAnswer:
 
     async def collect(self) -> Response:
         """The whole answer as one JSON document."""
-        (choice,), usage = await collect(self._turn)
+        whole = await collect(self._turn)
+        (choice,) = whole.choices
         message = self._message(
-            content_blocks(choice), choice.finish_reason, choice.stop_reason, len(choice.calls), _usage(usage)
+            content_blocks(choice), choice.finish_reason, choice.stop_reason, len(choice.calls), _usage(whole.usage)
         )
         return Response(message.model_dump_json(), media_type="application/json")
 

@@ -14,6 +14,7 @@ from server.api import sse
 from server.api.caller import CallerDep
 from server.api.disconnect import unless_disconnected
 from server.api.documentation import ERRORS, STREAM
+from server.api.errors import translating
 from server.api.response_items import Items
 from server.api.service import ServiceDep
 from server.api.streaming import TextUsage
@@ -36,6 +37,7 @@ from server.api.wire.responses import (
 from server.api.wire.structure import JsonSchemaFormat, NamedSchema, ResponseFormat
 from server.api.wire.tools import CalledFunction, Function, NamedFunction, NamedToolChoice, Tool, ToolCall, ToolChoice
 from server.engine.events import Progress
+from server.errors import InvalidRequestError
 
 router = APIRouter()
 
@@ -45,7 +47,9 @@ async def create_response(body: ResponsesRequest, http: Request, service: Servic
     """Answers a conversation, in the newer protocol."""
     model = service.check_model(body.model)
     response_id = f"resp_{uuid.uuid4().hex}"
-    answer = ResponseAnswer(body, await prepare(chat_request(body), service, response_id, caller), model)
+    with translating():
+        chat = chat_request(body)
+    answer = ResponseAnswer(body, await prepare(chat, service, response_id, caller), model)
     if body.stream:
         return sse.EventStream(answer.stream(), service.keepalive_seconds, sse.named_error)
     return await unless_disconnected(http, answer.collect())
@@ -128,8 +132,11 @@ class ResponseAnswer:
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:
     """The same request in chat's words."""
+    messages = _messages(body)
+    if not messages:
+        raise InvalidRequestError("'input' holds no message", param="input")
     return ChatRequest(
-        messages=_messages(body),
+        messages=messages,
         max_completion_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,

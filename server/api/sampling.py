@@ -16,6 +16,9 @@ from server.errors import InvalidRequestError
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+MAX_PROMPT_SCORES = 2**18  # one alternative for 128K tokens; about 20 MB of JSON
+
+
 def engine_request(
     body: GenerationRequest,
     prompt_token_ids: Sequence[int],
@@ -61,7 +64,7 @@ def sampling_params(body: GenerationRequest, service: Service) -> SamplingParams
     check_token_ids([token_id for token_id, _ in bias], service, "logit_bias")
     check_token_ids(stop_token_ids, service, "stop_token_ids")
     return SamplingParams(
-        n=body.n or 1,
+        n=body.num_choices,
         max_tokens=body.max_new_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=float(merged["temperature"]),
@@ -74,9 +77,24 @@ def sampling_params(body: GenerationRequest, service: Service) -> SamplingParams
         seed=body.seed,
         logit_bias=bias,
         num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(body.ignore_eos),
     )
+
+
+def check_prompt_scores(body: GenerationRequest, num_tokens: int) -> None:
+    """Raises InvalidRequestError when the scores of `num_tokens` prompt tokens would be too many."""
+    if body.num_prompt_logprobs is None:
+        return
+    num_scores = num_tokens * (1 + body.num_prompt_logprobs)
+    if num_scores > MAX_PROMPT_SCORES:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequestError(
+            f"'{param}': {num_tokens} prompt tokens with {body.num_prompt_logprobs} alternatives each are {num_scores} "
+            f"log-probabilities, at most {MAX_PROMPT_SCORES} are given",
+            param=param,
+        )
 
 
 def check_token_ids(token_ids: Sequence[int], service: Service, param: str) -> None:

@@ -11,9 +11,21 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from server.api.face import EngineFace, StreamFace
 from server.api.stops import StopFinder
-from server.engine.events import Done, Event, Failure, Finish, Progress, Token, TokenLogprob, Usage
+from server.engine.events import (
+    Done,
+    Event,
+    Failure,
+    Finish,
+    Progress,
+    PromptLogprobs,
+    Token,
+    TokenLogprob,
+    Usage,
+)
 from server.engine.request import Request
 from server.engine.tokenizer import Detokenizer, Tokenizer
 from server.errors import RequestTimeoutError
@@ -46,6 +58,15 @@ class Delta:
     tokens: tuple[ScoredToken, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_tokens: int = 0  # of this choice so far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptScores:
+    """All scores of one request's prompt, before its first delta; comes when asked for, and if there are any."""
+
+    request: int  # its position among those generated together
+    scores: PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +79,7 @@ class TextUsage:
     share_scanned: float | None
 
 
-Update = Progress | Delta | TextUsage
+Update = Progress | PromptScores | Delta | TextUsage
 
 
 class Choice:
@@ -90,7 +111,7 @@ class Choice:
         text = self._stops.push(text, is_armed=self.num_tokens > self._min_tokens)
         if self._stops.found is not None:
             return self._end(text, "stop", self._stops.found)
-        return Delta(self._index, text, self._take_tokens()) if text else None
+        return Delta(self._index, text, self._take_tokens(), num_tokens=self.num_tokens) if text else None
 
     def finish(self, event: Finish) -> Delta:
         """The rest of the text and why it ended."""
@@ -101,7 +122,7 @@ class Choice:
 
     def _end(self, text: str, reason: str, stop_reason: int | str | None) -> Delta:
         self.is_finished = True
-        return Delta(self._index, text, self._take_tokens(), reason, stop_reason)
+        return Delta(self._index, text, self._take_tokens(), reason, stop_reason, self.num_tokens)
 
     def _take_tokens(self) -> tuple[ScoredToken, ...]:
         tokens, self._pending = tuple(self._pending), []
@@ -147,7 +168,7 @@ async def generate(
         for request in requests:
             streams.append(engine.submit(request))
         texts = [
-            _request_updates(stream, request, options, tokenizer, deadline, first_choice=i * request.sampling.n)
+            _request_updates(stream, request, options, tokenizer, deadline, position=i)
             for i, (stream, request) in enumerate(zip(streams, requests, strict=True))
         ]
         usages: list[TextUsage] = []
@@ -169,9 +190,11 @@ async def _request_updates(
     options: TextOptions,
     tokenizer: Tokenizer,
     deadline: Deadline,
-    first_choice: int,
+    position: int,
 ) -> AsyncGenerator[Update]:
-    choices = [Choice(first_choice + i, request, options, tokenizer) for i in range(request.sampling.n)]
+    n = request.sampling.n
+    choices = [Choice(position * n + i, request, options, tokenizer) for i in range(n)]
+    scores: list[PromptLogprobs] = []
     usage = Usage(len(request.prompt_token_ids), 0, 0, None)
     shown_percent = -1
     events = aiter(stream)
@@ -181,7 +204,12 @@ async def _request_updates(
                 if (percent := _percent(event)) != shown_percent:  # at most a hundred and one per prompt
                     shown_percent = percent
                     yield event
+            case PromptLogprobs():
+                scores.append(event)
             case Token() | Finish():
+                if scores:
+                    yield PromptScores(position, _joined(scores))
+                    scores = []
                 delta = _advance(choices[event.choice], event)
                 if delta is not None and delta.finish_reason is not None and isinstance(event, Token):
                     stream.stop(event.choice)  # a stop string; the engine knows only tokens
@@ -196,6 +224,15 @@ async def _request_updates(
         usage.num_cached_tokens,
         sum(choice.num_tokens for choice in choices),
         usage.share_scanned,
+    )
+
+
+def _joined(scores: Sequence[PromptLogprobs]) -> PromptLogprobs:
+    return PromptLogprobs(
+        scores[0].start,
+        np.concatenate([part.token_ids for part in scores]),
+        np.concatenate([part.logprobs for part in scores]),
+        np.concatenate([part.ranks for part in scores]),
     )
 
 

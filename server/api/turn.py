@@ -14,14 +14,14 @@ from server.api.caller import Caller
 from server.api.conversation import encode_conversation
 from server.api.parts import reasoning
 from server.api.parts.base import CallArguments, CallStart, Content, Part, PartParser, PlainParser, Reasoning
-from server.api.sampling import engine_request, text_options
+from server.api.sampling import check_prompt_scores, engine_request, text_options
 from server.api.service import Service
-from server.api.streaming import Delta, ScoredToken, TextUsage
+from server.api.streaming import Delta, PromptScores, ScoredToken, TextUsage
 from server.api.structure import constraint
 from server.api.tools import forced_calls, offered_tools, parser_maker
 from server.api.wire.chat import ChatRequest
 from server.api.wire.tools import NamedToolChoice
-from server.engine.events import Progress
+from server.engine.events import Progress, PromptLogprobs
 from server.engine.request import Request
 
 
@@ -34,9 +34,10 @@ class TurnDelta:
     tokens: tuple[ScoredToken, ...] = ()
     finish_reason: str | None = None  # stop, length, tool_calls, abort
     stop_reason: int | str | None = None
+    num_tokens: int = 0  # of this choice so far
 
 
-TurnUpdate = Progress | TurnDelta | TextUsage
+TurnUpdate = Progress | PromptScores | TurnDelta | TextUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ async def prepare(body: ChatRequest, service: Service, request_id: str, caller: 
         add_special_tokens=bool(body.add_special_tokens),
         template_kwargs=body.chat_template_kwargs,
     )
+    check_prompt_scores(body, len(prompt))
     make_constraint = await constraint(body, service, forced_calls(body))
     request = engine_request(body, prompt, request_id, service, caller, make_constraint)
     make_parser = parser_maker(body, service.tool_parser, tokenizer.chat_template)
@@ -114,7 +116,7 @@ class _Choice:
         reason = delta.finish_reason
         if reason == "stop" and self._has_calls and not self._is_named:  # OpenAI says `stop` for a named function
             reason = "tool_calls"
-        return TurnDelta(delta.choice, tuple(parts), tokens, reason, delta.stop_reason)
+        return TurnDelta(delta.choice, tuple(parts), tokens, reason, delta.stop_reason, delta.num_tokens)
 
 
 @dataclass(slots=True)
@@ -154,17 +156,28 @@ class CollectedTurn:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
-async def collect(turn: Turn) -> tuple[list[CollectedTurn], TextUsage]:
+@dataclass(slots=True)
+class WholeTurn:
+    """A turn that has ended."""
+
+    choices: list[CollectedTurn]
+    usage: TextUsage
+    prompt_scores: PromptLogprobs | None = None
+
+
+async def collect(turn: Turn) -> WholeTurn:
     """All choices and the usage, when the turn has ended."""
     choices = [CollectedTurn() for _ in range(turn.request.sampling.n)]
-    usage = TextUsage(len(turn.request.prompt_token_ids), 0, 0, None)
+    whole = WholeTurn(choices, TextUsage(len(turn.request.prompt_token_ids), 0, 0, None))
     async with aclosing(turn.run()) as updates:
         async for update in updates:
             if isinstance(update, TurnDelta):
                 choices[update.choice].add(update)
             elif isinstance(update, TextUsage):
-                usage = update
-    return choices, usage
+                whole.usage = update
+            elif isinstance(update, PromptScores):
+                whole.prompt_scores = update.scores
+    return whole
 
 
 def new_call_id() -> str:

@@ -7,7 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.engine.events import Done, Event, Failure, Finish, Progress, Token, TokenLogprob, Usage
+import numpy as np
+
+from server.engine.events import (
+    Done,
+    Event,
+    Failure,
+    Finish,
+    Progress,
+    PromptLogprobs,
+    Token,
+    TokenLogprob,
+    Usage,
+)
 from server.engine.request import Request
 from server.engine.session_info import SessionBytes, SessionInfo, SessionKey, SessionList
 from server.engine.tokenizer import Tokenizer
@@ -145,6 +157,7 @@ def says(
     def script(request: Request) -> list[Event]:
         num_prompt = len(request.prompt_token_ids)
         events: list[Event] = [Progress(i * num_prompt // 2, num_prompt) for i in range(3)] if has_progress else []
+        events += prompt_events(request, tokenizer)
         num_tokens = 0
         for choice in range(request.sampling.n):
             token_ids = _encode(tokenizer, texts[choice % len(texts)])
@@ -154,6 +167,25 @@ def says(
         return [*events, Done(Usage(num_prompt, cached, num_tokens, 0.25))]
 
     return script
+
+
+def prompt_events(request: Request, tokenizer: Tokenizer) -> list[Event]:
+    """Scores of the prompt, when asked for: -1 for its own tokens, then -2, -3, … for those that follow in the
+    vocabulary; in two parts, as if read in two chunks."""
+    num_top, ids = request.sampling.num_prompt_logprobs, np.array(request.prompt_token_ids[1:], dtype=np.int32)
+    if num_top is None or not len(ids):
+        return []
+    columns = np.arange(1 + num_top, dtype=np.int32)
+    token_ids = (ids[:, None] + columns) % tokenizer.vocab_size
+    logprobs = np.broadcast_to(-1.0 - columns.astype(np.float32), token_ids.shape)
+    ranks = np.full(len(ids), 1 + num_top, dtype=np.int32)
+    half = len(ids) // 2
+    parts = [slice(0, half), slice(half, len(ids))]
+    return [
+        PromptLogprobs(1 + part.start, token_ids[part], logprobs[part], ranks[part])
+        for part in parts
+        if part.stop > part.start
+    ]
 
 
 def answer_events(

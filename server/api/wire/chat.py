@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from server.api.wire.base import Text, WireRequest, WireResponse, check_json
-from server.api.wire.generation import INT64, MAX_LOGPROBS, GenerationRequest, UsageInfo
+from server.api.wire.generation import INT64, MAX_LOGPROBS, GenerationRequest, PromptLogprobsByToken, UsageInfo
 from server.api.wire.tools import AnswerToolCall, ToolCall, ToolCallDelta, ToolChoice, Tools
 
 # Set by the server itself when it renders a template.
@@ -76,7 +76,6 @@ class ChatRequest(GenerationRequest):
         "best_of": (1,),
         "chat_template": (),
         "documents": ([],),
-        "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
         "include_reasoning": (True,),
@@ -100,6 +99,7 @@ class ChatRequest(GenerationRequest):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    echo: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs | None = None
@@ -174,6 +174,7 @@ class ChatResponse(WireResponse):
     model: str
     choices: list[ChatChoice]
     usage: UsageInfo
+    prompt_logprobs: PromptLogprobsByToken | None = None
 
 
 class Delta(WireResponse):

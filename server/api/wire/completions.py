@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.wire.base import Text, WireResponse
-from server.api.wire.generation import MAX_LOGPROBS, GenerationRequest, TokenId, UsageInfo
+from server.api.wire.generation import (
+    INT64,
+    MAX_LOGPROBS,
+    MAX_N,
+    GenerationRequest,
+    PromptLogprobsByToken,
+    TokenId,
+    UsageInfo,
+)
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's, for this endpoint only
@@ -31,17 +38,29 @@ class CompletionRequest(GenerationRequest):
     }
 
     prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0, lt=INT64)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError("unsupported_parameter", "'best_of' other than 'n' is not supported", {})
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError("unsupported_parameter", "'echo' together with 'logprobs' is not supported", {})
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"'best_of' ({self.best_of}) is less than 'n' ({self.n})")
+        if self.is_selective and self.stream:
+            raise ValueError("'best_of' greater than 'n' is not available with 'stream': true")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("'max_tokens' 0 needs 'echo' or 'prompt_logprobs'")
         return self
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether more choices are generated than shown."""
+        return self.num_choices > (self.n or 1)
+
+    @property
+    def num_choices(self) -> int:
+        return self.best_of or self.n or 1
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -49,7 +68,12 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.is_selective else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        is_asked_for = self.prompt_logprobs is not None or not self.echo
+        return self.prompt_logprobs if is_asked_for else self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -77,6 +101,7 @@ class CompletionChoice(WireResponse):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobsByToken | None = None
 
 
 class CompletionResponse(WireResponse):

@@ -29,12 +29,16 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
 class StreamOptions(WireRequest):
     """What a stream carries besides the text."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "continuous_usage_stats": (False,),
-        "include_obfuscation": (False,),
-    }
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    @model_validator(mode="after")
+    def _check_usage(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("'continuous_usage_stats' needs 'include_usage': true")
+        return self
 
 
 class GenerationRequest(WireRequest):
@@ -49,7 +53,6 @@ class GenerationRequest(WireRequest):
         "kv_transfer_params": (),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
-        "prompt_logprobs": (),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "spaces_between_special_tokens": (True,),
@@ -71,6 +74,8 @@ class GenerationRequest(WireRequest):
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     logit_bias: Annotated[dict[str, Bias], AfterValidator(_token_ids)] | None = Field(None, max_length=1024)
+
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
@@ -98,6 +103,8 @@ class GenerationRequest(WireRequest):
     def _check_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed with 'stream': true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("'prompt_logprobs' is not available with 'stream': true")
         if self.min_tokens and self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
             raise ValueError(f"'min_tokens' ({self.min_tokens}) exceeds 'max_tokens' ({self.max_new_tokens})")
         return self
@@ -106,6 +113,21 @@ class GenerationRequest(WireRequest):
     def max_new_tokens(self) -> int | None:
         """The limit of one choice, whatever the field is called; None: what fits."""
         return self.max_tokens
+
+    @property
+    def num_choices(self) -> int:
+        """Choices to generate for each prompt."""
+        return self.n or 1
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def has_usage_throughout(self) -> bool:
+        """Whether every chunk tells the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -118,6 +140,11 @@ class GenerationRequest(WireRequest):
     def num_logprobs(self) -> int | None:
         """Alternatives reported per token; None: no log-probabilities at all."""
         return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return self.prompt_logprobs
 
 
 class PromptTokensDetails(WireResponse):
@@ -132,11 +159,22 @@ class RetrievalDetails(WireResponse):
     share_scanned: float | None
 
 
+class PromptLogprob(WireResponse):
+    """vLLM's: one token that stands in the prompt, or could have stood there; ranks count from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobsByToken = list[dict[str, PromptLogprob] | None]  # per prompt token, by token id; null for the first one
+
+
 class UsageInfo(WireResponse):
-    """Tokens a request took, over all choices."""
+    """Tokens a request took, over all choices; while a stream runs, those of one choice so far, without details."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    retrieval_details: RetrievalDetails
+    prompt_tokens_details: PromptTokensDetails | None = None
+    retrieval_details: RetrievalDetails | None = None

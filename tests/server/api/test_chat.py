@@ -60,6 +60,34 @@ async def test_stream_ends_with_the_usage_when_asked_for(
     assert last["usage"]["retrieval_details"] == {"share_scanned": 0.25}
 
 
+async def test_every_chunk_tells_the_usage_so_far_when_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    engine.script = says(tokenizer, "the quick fox", "dog")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events, _ = await read(client, PATH, HELLO | {"n": 2, "stream_options": options})
+    *chunks, last, _ = events
+    num_prompt = len(engine.requests[0].prompt_token_ids)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {num_prompt}
+    counts = [
+        [c["usage"]["completion_tokens"] for c in chunks if c["choices"][0]["index"] == choice] for choice in (0, 1)
+    ]
+    assert all(count == sorted(count) and count[0] == 0 for count in counts)
+    assert sum(count[-1] for count in counts) == last["usage"]["completion_tokens"]
+    assert len(set(counts[0])) > 2
+
+
+async def test_echo_puts_the_message_it_goes_on_with_before_the_answer(client: httpx.AsyncClient) -> None:
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "I see "}]
+    body = {"messages": messages, "echo": True, "add_generation_prompt": False, "continue_final_message": True}
+    answer = (await client.post(PATH, json=body)).json()
+    assert answer["choices"][0]["message"]["content"] == "I see the quick brown fox"
+    events, _ = await read(client, PATH, body)
+    assert text_of(events) == "I see the quick brown fox"
+    answer = (await client.post(PATH, json=HELLO | {"echo": True})).json()  # the last message is not the assistant's
+    assert answer["choices"][0]["message"]["content"] == "the quick brown fox"
+
+
 async def test_progress_becomes_comments(client: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     engine.script = says(tokenizer, "fox", has_progress=True)
     events, comments = await read(client, PATH, HELLO)

@@ -21,7 +21,14 @@ async def test_answer_in_one_piece(client: httpx.AsyncClient, engine: FakeEngine
     assert answer["object"] == "text_completion"
     assert answer["id"].startswith("cmpl-")
     assert answer["choices"] == [
-        {"index": 0, "text": "the quick brown fox", "logprobs": None, "finish_reason": "stop", "stop_reason": 0}
+        {
+            "index": 0,
+            "text": "the quick brown fox",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": 0,
+            "prompt_logprobs": None,
+        }
     ]
     assert engine.requests[0].prompt_token_ids == await tokenizer.encode("hello")
 
@@ -101,9 +108,15 @@ async def test_log_probabilities_are_parallel_lists(
         ({"prompt": [5, "a"]}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({}, "prompt"),
-        ({"prompt": "x", "best_of": 3}, "best_of"),
+        ({"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
+        ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+        ({"prompt": "x", "best_of": 0}, "best_of"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
     ],
 )

@@ -61,6 +61,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"colour": 1}}, "stream_options.colour"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
@@ -86,7 +89,7 @@ async def test_wrong_field_is_named(client: httpx.AsyncClient, fields: dict[str,
         ({"audio": {"voice": "alloy"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"bad_words": ["x"]}, "bad_words"),
         ({"store": True}, "store"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"messages": [{"role": "user", "content": "x", "audio": {"id": "1"}}]}, "messages[0].audio"),
@@ -155,6 +158,12 @@ async def test_malformed_body_is_a_bad_request(client: httpx.AsyncClient, body: 
     response = await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize("items", [[], [{"type": "reasoning"}]])
+async def test_response_to_nothing_is_a_bad_request(client: httpx.AsyncClient, items: list[Any]) -> None:
+    response = await client.post("/v1/responses", json={"input": items})
+    assert (response.status_code, error_of(response)["param"]) == (400, "input")
 
 
 async def test_not_a_number_is_refused(client: httpx.AsyncClient) -> None:
