@@ -94,6 +94,10 @@ class DiskTier:
         """Whether the segment leaves memory when its write ends."""
         return digest in self._saves and self._saves[digest].is_spill
 
+    def is_saving(self, digest: bytes) -> bool:
+        """Whether the segment is being written."""
+        return digest in self._saves
+
     def is_saved(self, digest: bytes) -> bool:
         """Whether K and V are safely on disk."""
         return self.disk.get(digest) is not None

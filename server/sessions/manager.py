@@ -238,17 +238,46 @@ class SessionManager:
         """Whether the segment's K and V are safely on disk."""
         return self._tier is not None and self._tier.is_saved(segment.digest)
 
+    def is_persisting(self, path: Path) -> bool:
+        """Whether any of a path's segments is being written to disk."""
+        return self._tier is not None and any(self._tier.is_saving(entry.segment.digest) for entry in path)
+
+    def num_tokens_saved(self, token_ids: TokenIds, salt: str) -> int:
+        """Length of the longest prefix that the disk alone can give back."""
+        chain = self._tier.disk.longer_than(0, token_ids, salt) if self._tier is not None else []
+        return sum(num_matched for _, num_matched in chain)
+
+    def give_up(
+        self, token_ids: TokenIds, salt: str, others: Iterable[tuple[TokenIds, str]], *, deletes: bool
+    ) -> int:
+        """Undo the `persist` of a context, but for what `others` (token ids, salt) need.
+
+        Its files are deleted at once, or left to the quota. Returns the bytes freed.
+        """
+        if self._tier is None:
+            return 0
+        disk, num_bytes = self._tier.disk, 0
+        needed = {e.record.digest for ids, other_salt in others for e in disk.serving(ids, other_salt)}
+        for entry in disk.serving(token_ids, salt):
+            digest, run = entry.record.digest, token_ids[entry.record.start : entry.record.end]
+            if digest in needed or not np.array_equal(entry.record.token_ids, run):
+                continue
+            disk.keep(digest, False)
+            num_bytes += disk.remove(digest, "deleted") if deletes else 0
+        return num_bytes
+
     # --- what comes back from disk --------------------------------------------------------------------
 
-    def prepare(self, token_ids: list[int], salt: str) -> bool:
+    def prepare(self, token_ids: list[int], salt: str, *, at_any_cost: bool = False) -> bool:
         """Have what the disk holds of a prompt read into memory; False: under way, or no memory for it now.
 
-        When this is True, `open` finds all that can be found.
+        When this is True, `open` finds all that can be found, and (unless `at_any_cost`) is worth being read.
         """
         if self._tier is None or not self._prefix_caching:
             return True
         ids = np.asarray(token_ids[:-1], dtype=np.int32)  # the last token is always computed
-        entries = self._worth_reading(self._tier.missing(ids, salt))
+        found = self._tier.missing(ids, salt)
+        entries = [entry for entry, _ in found] if at_any_cost else self._worth_reading(found)
         if not entries:
             return True
         if self._tier.is_loading(entries):
@@ -275,7 +304,7 @@ class SessionManager:
         Raises `MemoryExhaustedError` when there is no room for it.
         """
         ids = np.asarray([*token_ids, 0], dtype=np.int32)
-        while not self.prepare(ids.tolist(), salt):
+        while not self.prepare(ids.tolist(), salt, at_any_cost=True):
             if not self.num_pending:
                 stats = self.stats()
                 raise MemoryExhaustedError(
