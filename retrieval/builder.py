@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from retrieval import index as indexes
 from retrieval.context import Context
-from retrieval.index import KeyIndex
 from retrieval.kv_buffer import KvBuffer
 from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import CodesIndex, CodesMaker, HeadIndexes, OnlineCodes, SegmentIndex
@@ -40,8 +40,14 @@ class IndexBuilder:
         self._kind, self._options, self._num_sink_tokens = kind, options, num_sink_tokens
         self._codes = codes
         self._on_built = on_built
+        self._unfinished: dict[int, list[Any]] = {}  # of builds under way, their indexes so far, all with `nbytes`
         self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="index-builder")
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of indexes that are being built."""
+        return sum(int(made.nbytes) for build in list(self._unfinished.values()) for made in list(build))
 
     @property
     def kind(self) -> str:
@@ -101,28 +107,36 @@ class IndexBuilder:
     def _build_codes(self, kv: KvBuffer, begin: int, first: SegmentIndex | None = None) -> SegmentIndex | None:
         """Codes of every layer, those of `first` kept for its tokens; None when the builder was closed meanwhile."""
         assert self._codes is not None
-        layers = []
-        for layer_idx in range(kv.geometry.num_layers):
-            if self._closed.is_set():
-                return None
-            known = first.codes(layer_idx) if isinstance(first, CodesIndex) else None
-            layers.append(self._codes.encode(kv, layer_idx, kv.length, known))
-        return self._codes.index(begin, layers, kv)
+        with self._unfinished_build() as layers:
+            for layer_idx in range(kv.geometry.num_layers):
+                if self._closed.is_set():
+                    return None
+                known = first.codes(layer_idx) if isinstance(first, CodesIndex) else None
+                layers.append(self._codes.encode(kv, layer_idx, kv.length, known))
+            return self._codes.index(begin, layers, kv)
+
+    @contextmanager
+    def _unfinished_build(self) -> Iterator[list[Any]]:
+        """A list whose bytes are counted while a build fills it."""
+        made: list[Any] = []
+        self._unfinished[id(made)] = made
+        try:
+            yield made
+        finally:
+            del self._unfinished[id(made)]
 
     def _build_heads(self, kv: KvBuffer, begin: int, sample: QuerySample) -> SegmentIndex | None:
         """An index per layer and KV head; None when the builder was closed meanwhile."""
-        geometry = kv.geometry
-        layers: list[list[KeyIndex]] = []
-        for layer_idx in range(geometry.num_layers):
-            heads: list[KeyIndex] = []
-            layer_keys = kv.read_keys(layer_idx, begin, kv.length)
-            for kv_head in range(geometry.num_kv_heads):
-                if self._closed.is_set():
-                    return None
-                queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
-                heads.append(indexes.build(self._kind, layer_keys[kv_head], queries, **self._options))
-            layers.append(heads)
-        return HeadIndexes(begin, layers)
+        geometry, num_heads = kv.geometry, kv.geometry.num_kv_heads
+        with self._unfinished_build() as heads:
+            for layer_idx in range(geometry.num_layers):
+                layer_keys = kv.read_keys(layer_idx, begin, kv.length)
+                for kv_head in range(num_heads):
+                    if self._closed.is_set():
+                        return None
+                    queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
+                    heads.append(indexes.build(self._kind, layer_keys[kv_head], queries, **self._options))
+            return HeadIndexes(begin, [heads[i : i + num_heads] for i in range(0, len(heads), num_heads)])
 
     def _begin(self, segment: Segment) -> int:
         return max(0, self._num_sink_tokens - segment.start)

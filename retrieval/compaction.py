@@ -72,6 +72,7 @@ class Compactor:
         self._on_compacted, self._index_of = on_compacted, index_of
         self._tips: list[Segment] = []  # new since they were last looked at
         self._jobs: list[_Job] = []
+        self._copy: KvBuffer | None = None  # being filled; set by the compactor's thread
         self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compactor")
 
@@ -84,6 +85,14 @@ class Compactor:
     def reserved_bytes(self) -> int:
         """Bytes reserved for the merges under way."""
         return sum(job.num_bytes for job in self._jobs)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of merged segments that are not swapped in yet."""
+        made = [job.result.result() for job in self._jobs if job.result.done() and job.result.exception() is None]
+        copy = self._copy
+        total = copy.nbytes if copy is not None else 0
+        return total + sum(kv.nbytes + (index.nbytes if index is not None else 0) for kv, index, _ in made)
 
     def consider(self, segment: Segment) -> None:
         """A segment was sealed: merge it with what it continues, when that is due."""
@@ -145,13 +154,17 @@ class Compactor:
         """On the compactor's thread: K, V and index of the whole chain."""
         started, first = time.perf_counter(), chain[0].kv
         kv = KvBuffer(first.geometry, sum(s.num_tokens for s in chain), torch.device("cpu"), pin=first.is_pinned)
-        for segment in chain:
+        self._copy = kv
+        try:
+            for segment in chain:
+                if self._closed.is_set():
+                    raise CompactorClosedError
+                kv.copy_range(segment.kv, 0, segment.num_tokens)
+            index = self._index_of(chain, kv) if self._index_of is not None else None
             if self._closed.is_set():
                 raise CompactorClosedError
-            kv.copy_range(segment.kv, 0, segment.num_tokens)
-        index = self._index_of(chain, kv) if self._index_of is not None else None
-        if self._closed.is_set():
-            raise CompactorClosedError
+        finally:
+            self._copy = None
         return kv, index, time.perf_counter() - started
 
 

@@ -84,6 +84,12 @@ class Context:
         """Bytes of K and V that only this context holds."""
         return self.tail.nbytes
 
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of what only this context holds beside its tail: codes in the making, sampled queries, kept keys."""
+        held = (self.online_codes, self.query_sample, self.method_state)
+        return sum(int(part.nbytes) for part in held if part is not None)
+
     def runs(self, num_new: int = 0) -> list[Run]:
         """All positions, in order, as whole runs; `num_new` uncommitted tokens of the tail included."""
         runs = [Run(e.segment.kv, 0, e.limit) for e in self.path]

@@ -95,6 +95,11 @@ class OnlineCodes:
         self._layers: list[Any] = [None] * num_layers  # LayerCodes, made by the first `extend` of each layer
         self.seconds = 0.0  # spent encoding
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes made so far."""
+        return sum(int(codes.nbytes) for codes in self._layers if codes is not None)
+
     def extend(self, layer_idx: int, kv: KvBuffer, end: int) -> None:
         """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already."""
         started, codes = time.perf_counter(), self._layers[layer_idx]

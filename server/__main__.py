@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from server import config
+from server import config, memory
 from server.config import Settings
 
 USAGE = """usage: retrieval-server serve [flags]
@@ -36,6 +36,7 @@ def serve(settings: Settings) -> int:
     level = "DEBUG" if settings.uvicorn_log_level == "trace" else settings.uvicorn_log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limit_kernel_caches()
+    memory.limit_arenas()
     from server.run import run  # torch and transformers take seconds to import, which --help need not wait for
 
     return run(settings)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.engine.recorder import Content, RequestTimes, Tier
+from server.memory import resident_bytes
 
 logger = logging.getLogger("server.metrics")
 
@@ -87,6 +88,11 @@ class Metrics:
         self._bytes = self._gauge("memory_bytes", "Bytes held, by tier and content.", "tier", "content")
         self._sessions = self._gauge("num_sessions", "Named sessions, by state.", "state")
         self._pinned = self._gauge("num_sessions_pinned", "Sessions whose context may not be evicted.")
+        self._reserved = self._gauge("memory_reserved_bytes", "Promised to running requests and merges.", "tier")
+        self._limit = self._gauge("memory_limit_bytes", "The budget for what is held and promised.", "tier")
+        self._base = self._gauge("process_base_bytes", "Resident memory after warming up, with nothing held.")
+        resident = self._gauge("process_resident_bytes", "Resident memory of the process now.")
+        resident.set_function(resident_bytes)
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
         self._compactions = self._histogram("compaction_seconds", "Merging a chain of segments into one.", _LONG)
         self._compacted_tokens = self._counter("compacted_tokens", "Tokens copied by merging segments.")
@@ -94,7 +100,7 @@ class Metrics:
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
         self._segments.labels("host")
-        for content in ("kv", "index"):
+        for content in ("kv", "index", "staging"):
             self._bytes.labels("host", content)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
@@ -175,6 +181,14 @@ class Metrics:
 
     def memory(self, tier: Tier, content: Content, num_bytes: int) -> None:
         self._bytes.labels(tier, content).set(num_bytes)
+
+    def memory_budget(self, tier: Tier, num_reserved_bytes: int, limit_bytes: int) -> None:
+        self._reserved.labels(tier).set(num_reserved_bytes)
+        self._limit.labels(tier).set(limit_bytes)
+
+    def process_base(self, num_bytes: int) -> None:
+        """Resident memory of the process before it holds anything of anybody."""
+        self._base.set(num_bytes)
 
     def segments(self, tier: Tier, num_segments: int) -> None:
         self._segments.labels(tier).set(num_segments)

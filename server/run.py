@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
 
 import uvicorn
 
+from server import memory
 from server.api.face import EngineFace
 from server.app import create_app
 from server.config import Settings
@@ -36,6 +38,10 @@ def run(settings: Settings) -> int:
     except (OSError, ValueError) as error:
         logger.error("cannot load %s: %s", engine_config.model, error)
         return 1
+    engine.warm_up()
+    gc.collect()
+    memory.trim()
+    metrics.process_base(memory.resident_bytes())
     engine.start()
     app = create_app(settings, engine, tokenizer, metrics)
     server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_timeout)

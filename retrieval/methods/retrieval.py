@@ -20,6 +20,11 @@ class QuerySample:
 
     layers: list[list[Tensor]] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(chunk.nbytes for chunks in self.layers for chunk in chunks)
+
     def queries(self, layer_idx: int, kv_head: int, head_dim: int) -> Tensor:
         """`[num_queries, head_dim]` of one layer and KV head."""
         chunks = self.layers[layer_idx] if self.layers else []

@@ -24,6 +24,12 @@ class SnapState:
     kept: KvBuffer | None = None
     first_seen: int = 0  # absolute position from which everything is attended
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of queries and kept K and V."""
+        kept = 0 if self.kept is None else self.kept.nbytes
+        return kept + sum(queries.nbytes for queries in self.queries if queries is not None)
+
 
 class SnapKvAttention(AttentionMethod):
     """Keys chosen by pooled attention of the observation window (section 4, eqs. 3 to 5), then all newer ones."""

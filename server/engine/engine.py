@@ -25,6 +25,7 @@ from server.engine.request import Request
 from server.engine.sequence import RequestState, Sequence
 from server.engine.sessions import EngineSessions
 from server.engine.stream import Batch, RequestStream, deliver
+from server.engine.warm_up import warm_up
 from server.engine.worker import Worker
 from server.errors import (
     ContextLengthError,
@@ -90,6 +91,10 @@ class Engine:
         self._failure: BaseException | None = None
 
     # --- event loop -----------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Run every kind of step once; before `start`."""
+        warm_up(self.config, self._runner, self._manager)
 
     def start(self) -> None:
         """Start the engine thread."""

@@ -74,7 +74,7 @@ class ModelRunner:
         )
         adapter.check_model(model, self.geometry)
         self._model = model.eval()
-        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self._num_threads = torch.get_num_threads()
         self._fused = None if config.enforce_eager else fuse(self._model, self.geometry)
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
@@ -118,7 +118,7 @@ class ModelRunner:
         """One thread for a small step of a small model: its products take less than waking a second thread, which
         on a busy machine may even wait for a time slice. Not where torch attends too: long contexts need them all."""
         is_apart = self.device.type == "cpu" and self._decoder.has_own_threads
-        is_small = is_apart and num_tokens * self._num_parameters <= SMALL_STEP
+        is_small = is_apart and num_tokens * self.num_parameters <= SMALL_STEP
         wanted = 1 if is_small else self._num_threads
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)

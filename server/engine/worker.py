@@ -359,12 +359,16 @@ class Worker:
         self._recorder.prefill_progress(sum(s.num_computed for s in prefills), sum(len(s.token_ids) for s in prefills))
         stats = self.manager.stats()
         tails = {"cpu": 0, "cuda": 0}
+        staging = self.manager.staging_bytes + self.manager.background_bytes
         for context in (s.context for s in (*running, *waiting) if s.context is not None):
             tails[context.tail.device.type] += context.tail_bytes
+            staging += context.staging_bytes
         self._recorder.memory("host", "kv", stats.kv_bytes + tails["cpu"])
         if self.runner.device.type == "cuda":
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
+        self._recorder.memory("host", "staging", staging)
+        self._recorder.memory_budget("host", stats.reserved_bytes, stats.limit_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._report_disk()
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
@@ -375,7 +379,6 @@ class Worker:
             disk = self.manager.disk_stats
             self._recorder.memory("disk", "kv", disk.kv_bytes)
             self._recorder.memory("disk", "index", disk.index_bytes)
-            self._recorder.memory("host", "staging", self.manager.staging_bytes)
             self._recorder.segments("disk", disk.num_segments)
 
     def idle_seconds(self) -> float | None:

@@ -332,6 +332,12 @@ class SessionManager:
         return self._tier.staging_bytes if self._tier is not None else 0
 
     @property
+    def background_bytes(self) -> int:
+        """Bytes of what background threads are making; reserved, and no segment's yet."""
+        builders = (part for part in (self._builder, self._compactor) if part is not None)
+        return sum(part.staging_bytes for part in builders)
+
+    @property
     def disk_stats(self) -> DiskStats:
         """What is held on disk; nothing where there is none."""
         return self._tier.disk.stats() if self._tier is not None else DiskStats()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.recorder import Recorder, RequestTimes
+from server.engine.recorder import RequestTimes
 from server.metrics import Metrics
 
 VLLM_NAMES = (
@@ -23,7 +23,7 @@ def values(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def report_everything(recorder: Recorder) -> None:
+def report_everything(recorder: Metrics) -> None:
     recorder.running(1, 2, 3)
     recorder.step(0.1, 4, 5)
     recorder.prefill_progress(6, 7)
@@ -38,10 +38,14 @@ def report_everything(recorder: Recorder) -> None:
     recorder.attention(0.6, 12, 13, 14)
     recorder.live_recall(0.9, 0.99)
     recorder.memory("host", "kv", 15)
+    recorder.memory("host", "index", 15)
+    recorder.memory("host", "staging", 15)
+    recorder.memory_budget("host", 20, 21)
     recorder.segments("host", 16)
     recorder.sessions({"ready": 18}, 19)
     recorder.eviction("host", "budget", 17)
     recorder.degraded("no core")
+    recorder.process_base(22)
 
 
 def test_metrics_follow_vllms_names() -> None:
@@ -55,7 +59,7 @@ def test_every_report_moves_its_series() -> None:
     report_everything(metrics)
     after = values(metrics)
     unmoved = {name for name, value in after.items() if value == before.get(name, 0.0)}
-    other_labels = {name for name in unmoved if "{" in name}
+    other_labels = {name for name in unmoved if "{" in name or name == "retrieval_process_resident_bytes"}
     assert unmoved == other_labels
     assert after["retrieval_request_success_total{stop}"] == 1
     assert after["retrieval_memory_bytes{kv}{host}"] == 15

@@ -1,0 +1,55 @@
+"""One pass over every kind of step before any request: what stays resident afterwards is the process' base.
+
+Kernels are compiled, thread pools started and heaps grown to what a full chunk takes. Leaves nothing in the store and
+counts nothing in the metrics.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from retrieval.context import Context
+from retrieval.segments import Segment
+from server.engine.config import EngineConfig
+from server.engine.model_runner import ModelRunner, Work
+from server.sessions.manager import SessionManager
+
+MAX_PRODUCTS = 2e11  # tokens times parameters: seconds on a few cores
+NUM_CHUNKS = 4  # so many that what is read is sealed with an index and searched
+NUM_DECODES = 4
+
+
+def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) -> None:
+    """Read a random prompt of a few full chunks, generate a little, forget it."""
+    chunk = max(1, min(config.max_num_batched_tokens, int(MAX_PRODUCTS / NUM_CHUNKS / runner.num_parameters)))
+    longest = config.max_model_len or runner.max_position or chunk
+    num_tokens = min(NUM_CHUNKS * chunk, longest - NUM_DECODES - 1)
+    if num_tokens < 1:
+        return
+    tokens = np.random.default_rng(0).integers(0, runner.vocab_size, num_tokens + NUM_DECODES).tolist()
+    context = manager.open(tokens[:num_tokens], "", num_tokens + NUM_DECODES, reuse=False)
+    try:
+        _read(runner, context, tokens[:num_tokens], chunk)
+        sealed = _seal(context, tokens)
+        for token in tokens[num_tokens:]:
+            runner.run([Work(context, [token], is_decode=True, num_logits=1)])
+    finally:
+        context.close()
+    manager.store.remove(sealed)
+
+
+def _read(runner: ModelRunner, context: Context, tokens: list[int], chunk: int) -> None:
+    for begin in range(0, len(tokens), chunk):
+        part = tokens[begin : begin + chunk]
+        is_last = begin + chunk >= len(tokens)
+        runner.run([Work(context, part, is_decode=False, num_logits=int(is_last))])
+    runner.prefill_done(context)
+
+
+def _seal(context: Context, tokens: list[int]) -> Segment:
+    """As the end of a prompt does it, except that nobody is told of the index."""
+    segment = context.seal(np.asarray(tokens, dtype=np.int32))
+    if context.online_codes is not None:
+        segment.index = context.online_codes.finish(context.static.num_sink_tokens, segment.kv)
+        context.online_codes = None
+    return segment
