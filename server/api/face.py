@@ -24,10 +24,10 @@ class StreamFace(Protocol):
 
 
 class SessionsFace(Protocol):
-    """What can be asked of named sessions. All but `list` raise NotFoundError, ConflictError, UnavailableError."""
+    """What can be asked of named sessions. All raise NotFoundError, ConflictError, UnavailableError."""
 
-    async def list(self, owner: str, salt: str) -> SessionList:
-        """Sessions of one owner and salt, last used first."""
+    async def list(self, owner: str, salt: str, limit: int, after: str | None) -> SessionList:
+        """Up to `limit` sessions of one owner and salt, last used first, after the one of that name."""
 
     async def get(self, key: SessionKey) -> SessionInfo:
         """One session."""

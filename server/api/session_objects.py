@@ -5,22 +5,17 @@ from __future__ import annotations
 from server.api.wire.sessions import PrefillProgress, SessionListObject, SessionObject, SessionProgress, TierBytes
 from server.engine.events import Progress
 from server.engine.session_info import SessionBytes, SessionInfo, SessionList
-from server.errors import InvalidRequestError
 
 
-def session_page(found: SessionList, limit: int, after: str | None) -> SessionListObject:
-    """Up to `limit` sessions after the one called `after`. Raises InvalidRequestError for one that is not there."""
-    names = [info.name for info in found.sessions]
-    if after is not None and after not in names:
-        raise InvalidRequestError(f"'after': there is no session '{after}'", param="after")
-    begin = 0 if after is None else names.index(after) + 1
-    page = [session_object(info) for info in found.sessions[begin : begin + limit]]
+def session_page(found: SessionList) -> SessionListObject:
+    """A page as OpenAI's lists have it."""
+    page = [session_object(info) for info in found.sessions]
     return SessionListObject(
         data=page,
         first_id=page[0].id if page else None,
         last_id=page[-1].id if page else None,
-        has_more=begin + limit < len(names),
-        total=len(names),
+        has_more=found.has_more,
+        total=found.num_sessions,
         bytes=_tier_bytes(found.bytes),
     )
 

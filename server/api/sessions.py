@@ -48,7 +48,7 @@ async def list_sessions(
     after: Annotated[SessionName | None, Query(description="The last `id` of the page before.")] = None,
 ) -> SessionListObject:
     """The caller's sessions, last used first."""
-    return session_page(await service.engine.sessions.list(caller.owner, caller.salt()), limit, after)
+    return session_page(await service.engine.sessions.list(caller.owner, caller.salt(), limit, after))
 
 
 @router.post(

@@ -56,7 +56,9 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True)
 class SessionList:
-    """Sessions, last used first, and what they hold together: a shared segment counts once."""
+    """A page of sessions, last used first, and what they hold together: a shared segment counts once."""
 
     sessions: tuple[SessionInfo, ...]
+    num_sessions: int  # on all pages
+    has_more: bool  # after this page
     bytes: SessionBytes

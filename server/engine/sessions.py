@@ -18,9 +18,9 @@ class EngineSessions:
     def __init__(self, run: Callable[[Callable[[], Any]], Awaitable[Any]], registry: SessionRegistry) -> None:
         self._run, self._registry = run, registry
 
-    async def list(self, owner: str, salt: str) -> SessionList:
+    async def list(self, owner: str, salt: str, limit: int, after: str | None) -> SessionList:
         """Sessions of one owner and salt, last used first."""
-        found: SessionList = await self._run(lambda: self._registry.list(owner, salt))
+        found: SessionList = await self._run(lambda: self._registry.list(owner, salt, limit, after))
         return found
 
     async def get(self, key: SessionKey) -> SessionInfo:
@@ -37,10 +37,11 @@ class EngineSessions:
 
     async def save(self, key: SessionKey) -> SessionInfo:
         """Keep it on disk; returns when it is there."""
-        await self._run(lambda: self._registry.save(key))
-        while not await self._run(lambda: self._registry.is_saved(key)):  # noqa: ASYNC110 - written on a thread
+        await self._run(lambda: self._registry.begin_save(key))
+        while (info := await self._run(lambda: self._registry.end_save(key))) is None:  # noqa: ASYNC110 - on a thread
             await asyncio.sleep(SAVE_POLL_SECONDS)
-        return await self.get(key)
+        saved: SessionInfo = info
+        return saved
 
     async def restore(self, key: SessionKey) -> SessionInfo:
         """Bring it from disk into memory."""

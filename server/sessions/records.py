@@ -1,7 +1,8 @@
-"""Files of saved sessions: name, salt and token ids, so that a session is known again after a restart.
+"""Files of saved sessions: name and token ids, so that a session is known again after a restart.
 
 One file per session, named by a hash, so that no name leads out of the folder; written beside, flushed and renamed.
-A file that cannot be read, or was written for another model, is passed over. Knows nothing of K and V.
+A file that cannot be read, or was written for another model, is passed over. Knows nothing of K and V. Whose session
+it is stands there as a digest: neither API keys nor salts are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from retrieval.segments import TokenIds
-from server.engine.session_info import SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ SUFFIX = ".session"
 class SessionRecord:
     """What outlives the process. Times are seconds since 1970."""
 
-    key: SessionKey
+    tenant: str  # of `tenant_tag`
+    name: str
     created: float
     saved_at: float
     token_ids: TokenIds
@@ -49,7 +50,7 @@ class SessionRecords:
     def write(self, record: SessionRecord) -> None:
         """Keep a record; it replaces an older one whole, or not at all. Raises OSError."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._path(record.key)
+        path = self._path(record.tenant, record.name)
         beside = path.with_suffix(".new")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -63,9 +64,9 @@ class SessionRecords:
             raise
         self._flush_folder()
 
-    def delete(self, key: SessionKey) -> None:
+    def delete(self, tenant: str, name: str) -> None:
         """Forget a record; one that is not there is forgotten already."""
-        self._path(key).unlink(missing_ok=True)
+        self._path(tenant, name).unlink(missing_ok=True)
 
     def _readable(self) -> Iterator[SessionRecord]:
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
@@ -74,14 +75,11 @@ class SessionRecords:
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 logger.warning("the session in %s is passed over: %s", path, error)
                 continue
-            if path == self._path(record.key):
+            if path == self._path(record.tenant, record.name):
                 yield record
 
-    def _path(self, key: SessionKey) -> Path:
-        digest = hashlib.blake2b(digest_size=20)
-        for part in (key.owner, key.salt, key.name):
-            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-        return self._folder / f"{digest.hexdigest()}{SUFFIX}"
+    def _path(self, tenant: str, name: str) -> Path:
+        return self._folder / f"{_digest(tenant, name)}{SUFFIX}"
 
     def _flush_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY)
@@ -91,15 +89,27 @@ class SessionRecords:
             os.close(descriptor)
 
 
+def tenant_tag(owner: str, salt: str) -> str:
+    """Tells tenants apart without telling who they are."""
+    return _digest(owner, salt)
+
+
+def _digest(*parts: str) -> str:
+    """Of all parts, each with its length, so that no two lists of them are taken for one another."""
+    digest = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+    return digest.hexdigest()
+
+
 def _encoded(record: SessionRecord, model: str) -> bytes:
     """A line with the checksum of the rest, then JSON."""
     body = json.dumps(
         {
             "format": FORMAT,
             "model": model,
-            "owner": record.key.owner,
-            "salt": record.key.salt,
-            "name": record.key.name,
+            "tenant": record.tenant,
+            "name": record.name,
             "created": record.created,
             "saved_at": record.saved_at,
             "token_ids": base64.b64encode(record.token_ids.astype("<i4").tobytes()).decode(),
@@ -117,7 +127,7 @@ def _decoded(content: bytes, model: str) -> SessionRecord:
     if (said["format"], said["model"]) != (FORMAT, model):
         raise ValueError("it was written for another model or in another format")
     ids = np.frombuffer(base64.b64decode(said["token_ids"]), dtype="<i4").astype(np.int32)
-    return SessionRecord(SessionKey(said["owner"], said["salt"], said["name"]), said["created"], said["saved_at"], ids)
+    return SessionRecord(said["tenant"], said["name"], said["created"], said["saved_at"], ids)
 
 
 def _checksum(body: bytes) -> bytes:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from retrieval.context import Context
-from retrieval.segments import Path, PathEntry, TokenIds, common_prefix
+from retrieval.segments import Path, TokenIds, common_prefix
 from server.engine.recorder import Recorder
 from server.engine.request import Request
 from server.engine.session_info import SESSION_STATES, SessionInfo, SessionKey, SessionList
-from server.errors import ConflictError, NotFoundError
+from server.errors import ConflictError, DiskUnavailableError, NotFoundError, UnavailableError
 from server.sessions.manager import SessionManager
-from server.sessions.records import SessionRecord, SessionRecords
+from server.sessions.records import SessionRecord, SessionRecords, tenant_tag
 from server.sessions.session import Session, describe, total_bytes
+from server.sessions.session_paths import SessionPaths
 
 REPORT_SECONDS = 1.0  # between two counts of the sessions while nothing happens to them
+LOOKS_PER_REPORT = 16  # sessions not wholly in memory that a report searches for; the others are as seen last
 
 
 class SessionRegistry:
@@ -40,10 +42,12 @@ class SessionRegistry:
     ) -> None:
         self._manager, self._recorder, self._records = manager, recorder, records
         self._max_sessions, self._clock = max_sessions, clock
+        self._paths = SessionPaths(manager)
         self._sessions: dict[SessionKey, Session] = {}
+        self._dormant: dict[str, list[SessionRecord]] = defaultdict(list)  # by tenant, until the tenant comes
         self._reported_at = -math.inf
         for record in records.load() if records is not None else []:
-            self._sessions[record.key] = Session.from_record(record)
+            self._dormant[record.tenant].append(record)
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -51,6 +55,7 @@ class SessionRegistry:
         """A request that names a session has come; an unknown name becomes one."""
         if request.session is None:
             return
+        self._wake(request.session.owner, request.session.salt)
         session = self._sessions.get(request.session) or self._create(request.session)
         session.last_used, session.error = self._clock(), None
         session.num_requests += 1
@@ -87,7 +92,7 @@ class SessionRegistry:
         if common_prefix(kept, session.token_ids) < len(kept):  # not merely the beginning of what it has
             session.token_ids, session.path_digests = kept, ()
             if session.pinned_until is not None:
-                self._hold(session, self._path(session))
+                self._hold(session, self._paths.find(session))
         self._reported_at = -math.inf
 
     def _kept(self, session: Session, token_ids: TokenIds) -> TokenIds:
@@ -100,35 +105,43 @@ class SessionRegistry:
 
     # --- what callers ask for -------------------------------------------------------------------------
 
-    def list(self, owner: str, salt: str) -> SessionList:
-        """All sessions of one owner and salt, last used first."""
+    def list(self, owner: str, salt: str, limit: int, after: str | None) -> SessionList:
+        """Sessions of one owner and salt, last used first: up to `limit` of them, after the one of that name.
+
+        Raises `NotFoundError` when `after` names none.
+        """
         self.expire()
+        self._wake(owner, salt)
         mine = [s for s in self._sessions.values() if (s.key.owner, s.key.salt) == (owner, salt)]
         mine.sort(key=lambda s: s.last_used, reverse=True)
-        paths = self._paths()
-        counts = _counts(paths)
-        infos = tuple(describe(s, paths[s.key], counts, self._manager) for s in mine)
-        return SessionList(infos, total_bytes(mine, paths, counts, self._manager))
+        begin = 0 if after is None else mine.index(self._known(SessionKey(owner, salt, after))) + 1
+        page = mine[begin : begin + limit]
+        paths = {session.key: self._paths.find(session) for session in page}
+        counts = self._counts()
+        infos = tuple(self._describe(session, paths[session.key], counts) for session in page)
+        return SessionList(infos, len(mine), begin + limit < len(mine), total_bytes(page, paths, counts, self._manager))
 
     def get(self, key: SessionKey) -> SessionInfo:
         """One session. Raises `NotFoundError`."""
         self.expire()
         session = self._known(key)
-        paths = self._paths()
-        return describe(session, paths[key], _counts(paths), self._manager)
+        path = self._paths.find(session)
+        return self._describe(session, path, self._counts())
 
     def delete(self, key: SessionKey) -> int:
         """Forget a session, its files, and what no other session and no request needs; returns the bytes freed."""
         session = self._known(key)
-        if session.running:
-            raise ConflictError(
-                f"session '{key.name}' has {len(session.running)} requests under way; wait for them or close them",
-                code="session_busy",
-            )
-        path = self._path(session)
+        if session.running or session.is_saving:
+            what = f"has {len(session.running)} requests under way" if session.running else "is being saved"
+            raise ConflictError(f"session '{key.name}' {what}; try again when that has ended", code="session_busy")
+        path = self._paths.find(session)
         self._forget(session)
-        needed = {entry.segment.digest for other in self._paths().values() for entry in other}
+        others = list(self._sessions.values())
+        needed = {entry.segment.digest for other in others for entry in self._paths.find(other)}
         whole = [e.segment for e in path if e.limit == e.segment.num_tokens]
+        contexts = [(ids, o.key.salt) for o in others for ids in (o.token_ids, o.saved_token_ids)]
+        self._manager.give_up(session.token_ids, key.salt, contexts, deletes=True)
+        self._manager.give_up(session.saved_token_ids, key.salt, contexts, deletes=True)
         return self._manager.discard(whole, needed)
 
     def pin(self, key: SessionKey, ttl_seconds: float | None) -> SessionInfo:
@@ -139,35 +152,61 @@ class SessionRegistry:
             return self.get(key)
         if session.pinned_until is None and self._num_pinned() >= self._max_sessions:
             raise ConflictError(f"{self._max_sessions} sessions are pinned, the most allowed", code="session_limit")
-        self._hold(session, self._complete_path(session, "pinned"))
+        self._hold(session, self._paths.complete(session, "pinned"))
         session.pinned_until = math.inf if ttl_seconds is None else self._clock() + ttl_seconds
         return self.get(key)
 
-    def save(self, key: SessionKey) -> SessionInfo:
-        """Have its segments written to disk, and its record, so that it outlives this process.
+    def begin_save(self, key: SessionKey) -> None:
+        """Have its segments written to disk in the background; `end_save` tells when they are there.
 
-        Raises `DiskUnavailableError` where there is no disk. The segments are written in the background: `is_saved`.
+        Raises `DiskUnavailableError` where there is no disk.
         """
         session = self._known(key)
+        if self._records is None:
+            raise DiskUnavailableError("this server keeps nothing on disk: start it with --kv-disk-path")
         if not len(session.token_ids):
             raise ConflictError(f"session '{key.name}' holds nothing yet that could be saved", code="session_empty")
-        is_new = session.saved_at is None
-        if is_new and sum(s.saved_at is not None for s in self._sessions.values()) >= self._max_sessions:
+        num_saved = sum(s.saved_at is not None or s.is_saving for s in self._sessions.values())
+        if session.saved_at is None and not session.is_saving and num_saved >= self._max_sessions:
             raise ConflictError(f"{self._max_sessions} sessions are saved, the most allowed", code="session_limit")
-        self._manager.persist(self._complete_path(session, "saved"))
-        assert self._records is not None, "whoever has a disk tier has records"
-        session.saved_at = self._clock()
-        self._records.write(SessionRecord(key, session.created, session.saved_at, session.token_ids))
+        if self._manager.num_tokens_saved(session.token_ids, key.salt) < len(session.token_ids):
+            self._paths.complete(session, "saved")
+        self._manager.persist(self._paths.find(session))
+        session.saving_token_ids = session.token_ids
+
+    def end_save(self, key: SessionKey) -> SessionInfo | None:
+        """Write the record of what is on disk now; None: not all of it yet. Raises when it cannot be written."""
+        session = self._known(key)
+        token_ids = session.saving_token_ids
+        if token_ids is None or self._records is None:
+            return self.get(key)  # another call has ended it
+        num_saved = self._manager.num_tokens_saved(token_ids, key.salt)
+        if num_saved < len(token_ids) and self._manager.is_persisting(self._paths.find(session)):
+            return None
+        session.saving_token_ids = None
+        if num_saved < len(token_ids):
+            raise UnavailableError(
+                f"only {num_saved} of {len(token_ids)} tokens could be written; the server's log has the cause",
+                code="kv_disk_full",
+            )
+        self._record(session, token_ids, self._records)
         return self.get(key)
 
-    def is_saved(self, key: SessionKey) -> bool:
-        """Whether all of what it holds in memory is on disk too."""
-        return all(self._manager.is_persisted(entry.segment) for entry in self._path(self._known(key)))
+    def _record(self, session: Session, token_ids: TokenIds, records: SessionRecords) -> None:
+        """The session is saved with these tokens from now on; what was kept for earlier ones may go."""
+        key, now = session.key, self._clock()
+        try:
+            records.write(SessionRecord(tenant_tag(key.owner, key.salt), key.name, session.created, now, token_ids))
+        except OSError as error:
+            raise UnavailableError(f"the session's record cannot be written: {error}", code="kv_disk_full") from error
+        before, session.saved_token_ids, session.saved_at = session.saved_token_ids, token_ids, now
+        saved = [(s.saved_token_ids, s.key.salt) for s in self._sessions.values()]
+        self._manager.give_up(before, key.salt, saved, deletes=False)
 
     def restore(self, key: SessionKey) -> SessionInfo:
         """Bring its context from disk into memory; nothing to do where it is there."""
         session = self._known(key)
-        self._complete_path(session, "restored")
+        self._paths.complete(session, "restored")
         session.last_used = self._clock()
         return self.get(key)
 
@@ -203,17 +242,43 @@ class SessionRegistry:
             return
         self._reported_at = now
         self.expire()
-        counts = Counter(s.state(self._path(s), self._manager) for s in self._sessions.values())
+        searched = 0
+        for session in list(self._sessions.values()):
+            if session.running or self._paths.is_in_memory(session):
+                session.seen_state = self._paths.state(session)
+            elif searched < LOOKS_PER_REPORT:  # and to the end of the line, so that every one has its turn
+                searched += 1
+                session.seen_state = self._paths.state(session)
+                self._sessions[session.key] = self._sessions.pop(session.key)
+        counts = Counter(session.seen_state for session in self._sessions.values())
+        counts["disk"] += sum(len(records) for records in self._dormant.values())
         self._recorder.sessions({state: counts[state] for state in SESSION_STATES}, self._num_pinned())
 
     def _num_pinned(self) -> int:
         return sum(s.pinned_until is not None for s in self._sessions.values())
 
+    def _wake(self, owner: str, salt: str) -> None:
+        """A tenant has come: what it had saved in an earlier process is known again."""
+        if not self._dormant:
+            return
+        for record in self._dormant.pop(tenant_tag(owner, salt), []):
+            key = SessionKey(owner, salt, record.name)
+            self._sessions[key] = Session.from_record(key, record)
+
     def _known(self, key: SessionKey) -> Session:
+        self._wake(key.owner, key.salt)
         session = self._sessions.get(key)
         if session is None:
             raise NotFoundError(f"there is no session '{key.name}'", code="session_not_found", param="id")
         return session
+
+    def _describe(self, session: Session, path: Path, counts: Mapping[bytes, int]) -> SessionInfo:
+        session.seen_state = self._paths.state(session)
+        return describe(session, session.seen_state, path, counts, self._manager)
+
+    def _counts(self) -> Counter[bytes]:
+        """How many sessions have a segment on their path, by its digest; as seen last."""
+        return Counter(digest for session in self._sessions.values() for digest, _ in session.path_digests)
 
     def _create(self, key: SessionKey) -> Session:
         forgettable = [s for s in self._sessions.values() if s.is_forgettable]
@@ -227,7 +292,7 @@ class SessionRegistry:
     def _forget(self, session: Session) -> None:
         self._unpin(session)
         if session.saved_at is not None and self._records is not None:
-            self._records.delete(session.key)
+            self._records.delete(tenant_tag(session.key.owner, session.key.salt), session.key.name)
         del self._sessions[session.key]
         self._reported_at = -math.inf
 
@@ -246,40 +311,3 @@ class SessionRegistry:
         if session.hold is not None:
             self._manager.unpin(session.hold)
             session.hold = None
-
-    # --- where it is ----------------------------------------------------------------------------------
-
-    def _complete_path(self, session: Session, purpose: str) -> Path:
-        """All of its context in memory, read from disk where it must be. Raises `ConflictError` when it is lost."""
-        path = self._path(session)
-        if _end(path) < len(session.token_ids):
-            path = self._manager.fetch(session.token_ids.tolist(), session.key.salt)
-        if _end(path) < len(session.token_ids):
-            raise ConflictError(
-                f"session '{session.key.name}' cannot be {purpose}: {_end(path)} of its {len(session.token_ids)} "
-                "tokens are still held; send its document again",
-                code="session_evicted",
-            )
-        return path
-
-    def _paths(self) -> dict[SessionKey, Path]:
-        """Of every session, with the segments of its running requests."""
-        return {key: self._path(session) for key, session in self._sessions.items()}
-
-    def _path(self, session: Session) -> Path:
-        """The segments in memory; found again only when one of those found last has gone or was merged."""
-        known = [(self._manager.store.get(digest), limit) for digest, limit in session.path_digests]
-        path = tuple(PathEntry(segment, limit) for segment, limit in known if segment is not None)
-        if len(path) < len(known) or _end(path) < len(session.token_ids):
-            path = self._manager.store.longest_prefix(session.token_ids, session.key.salt)
-            session.path_digests = tuple((e.segment.digest, e.limit) for e in path)
-        return path
-
-
-def _end(path: Path) -> int:
-    return path[-1].end if path else 0
-
-
-def _counts(paths: Mapping[SessionKey, Path]) -> Counter[bytes]:
-    """How many sessions have a segment on their path, by its digest."""
-    return Counter(entry.segment.digest for path in paths.values() for entry in path)

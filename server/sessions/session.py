@@ -42,12 +42,17 @@ class Session:
     pinned_until: float | None = None  # None: not pinned; infinity: until unpinned
     hold: PathHold | None = None  # on its context, while it is pinned and has one
     saved_at: float | None = None
+    saved_token_ids: TokenIds = field(default_factory=lambda: NO_TOKENS)
+    saving_token_ids: TokenIds | None = None  # while they are written
+    seen_state: SessionState = "empty"  # when it was looked at last
     error: str | None = None  # of its latest request
 
     @classmethod
-    def from_record(cls, record: SessionRecord) -> Session:
+    def from_record(cls, key: SessionKey, record: SessionRecord) -> Session:
         """A session that an earlier process has saved."""
-        return cls(record.key, record.created, record.saved_at, record.token_ids, saved_at=record.saved_at)
+        session = cls(key, record.created, record.saved_at, record.token_ids)
+        session.saved_at, session.saved_token_ids = record.saved_at, record.token_ids
+        return session
 
     def begin(self, request_id: str, num_prompt_tokens: int) -> None:
         """A request of the session has come."""
@@ -56,27 +61,22 @@ class Session:
     @property
     def is_forgettable(self) -> bool:
         """Whether its name may go when there are too many."""
-        return not self.running and self.pinned_until is None and self.saved_at is None
+        return not self.running and self.pinned_until is None and self.saved_at is None and not self.is_saving
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether it is being written to disk."""
+        return self.saving_token_ids is not None
 
     @property
     def reading(self) -> RunningRequest | None:
         """A request whose prompt is still to be read, or being read."""
         return next((r for r in self.running.values() if _num_read(r) < r.num_prompt_tokens), None)
 
-    def state(self, path: Path, manager: SessionManager) -> SessionState:
-        """Where its context is; `path`: its segments in memory."""
-        num_held = path[-1].end if path else 0
-        if self.reading is not None:
-            return "prefilling"
-        if not len(self.token_ids):
-            return "empty"
-        if num_held < len(self.token_ids):
-            on_disk = manager.num_tokens_on_disk(self.token_ids, self.key.salt)
-            return "disk" if on_disk >= len(self.token_ids) else "evicted"
-        return "indexing" if any(e.segment.index_state == "building" for e in path) else "ready"
 
-
-def describe(session: Session, path: Path, counts: Mapping[bytes, int], manager: SessionManager) -> SessionInfo:
+def describe(
+    session: Session, state: SessionState, path: Path, counts: Mapping[bytes, int], manager: SessionManager
+) -> SessionInfo:
     """All that is told of a session. `counts`: sessions that have a segment on their path, by its digest."""
     reading = session.reading
     contexts = [c for running in session.running.values() for c in running.contexts]
@@ -84,7 +84,7 @@ def describe(session: Session, path: Path, counts: Mapping[bytes, int], manager:
     pinned_until = session.pinned_until
     return SessionInfo(
         name=session.key.name,
-        state=session.state(path, manager),
+        state=state,
         created=session.created,
         last_used=session.last_used,
         num_tokens=max([len(session.token_ids), *(c.num_tokens for c in contexts)]),

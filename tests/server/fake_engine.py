@@ -83,9 +83,12 @@ class FakeSessions:
             SessionBytes(host_kv=num_tokens, own=num_tokens),
         )  # fmt: skip
 
-    async def list(self, owner: str, salt: str) -> SessionList:
-        mine = [info for key, info in self.known.items() if (key.owner, key.salt) == (owner, salt)]
-        return SessionList(tuple(reversed(mine)), SessionBytes(host_kv=sum(info.num_tokens for info in mine)))
+    async def list(self, owner: str, salt: str, limit: int, after: str | None) -> SessionList:
+        mine = [info for key, info in self.known.items() if (key.owner, key.salt) == (owner, salt)][::-1]
+        begin = 0 if after is None else mine.index(await self.get(SessionKey(owner, salt, after))) + 1
+        page = tuple(mine[begin : begin + limit])
+        held = SessionBytes(host_kv=sum(info.num_tokens for info in page))
+        return SessionList(page, len(mine), begin + limit < len(mine), held)
 
     async def get(self, key: SessionKey) -> SessionInfo:
         if key not in self.known:

@@ -96,7 +96,7 @@ class SessionObject(WireResponse):
 
 
 class SessionListObject(WireResponse):
-    """A page of sessions, last used first, and what all of them (not only the page) hold together."""
+    """A page of sessions, last used first, and what they hold together; `total` counts those on all pages."""
 
     object: Literal["list"] = "list"
     data: list[SessionObject]
