@@ -18,7 +18,7 @@ from torch import Tensor
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
 from retrieval.segments import TokenIds
-from retrieval.tensor_file import TensorFileError, TensorFileReader, TensorSource, write_tensor_file
+from retrieval.tensor_file import TensorFileError, TensorFileReader, TensorSource, count_bytes, write_tensor_file
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
 
@@ -56,6 +56,15 @@ class PrefixDigests:
 
 def write_segment(path: Path, record: SegmentRecord, kv: KvBuffer, model: str) -> int:
     """Write a segment's file; returns its bytes. `model`: fingerprint of what K and V were computed with."""
+    return write_tensor_file(path, *_contents(record, kv, model))
+
+
+def segment_bytes(record: SegmentRecord, kv: KvBuffer, model: str) -> int:
+    """Bytes of the file that `write_segment` would write."""
+    return count_bytes(*_contents(record, kv, model))
+
+
+def _contents(record: SegmentRecord, kv: KvBuffer, model: str) -> tuple[dict[str, Any], list[TensorSource]]:
     description = {
         "model": model,
         "digest": record.digest.hex(),
@@ -65,7 +74,7 @@ def write_segment(path: Path, record: SegmentRecord, kv: KvBuffer, model: str) -
     ids = np.ascontiguousarray(record.token_ids, dtype="<i4")
     tokens = TensorSource("token_ids", "I32", ids.shape, ids.nbytes, [[ids.data.cast("B")]])
     sources = [_source(name, tensor, len(ids)) for name, tensor in _named(kv)]
-    return write_tensor_file(path, description, [tokens, *sources])
+    return description, [tokens, *sources]
 
 
 def read_record(path: Path, model: str) -> SegmentRecord:

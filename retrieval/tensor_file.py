@@ -62,6 +62,12 @@ def write_tensor_file(path: Path, description: dict[str, Any], tensors: Sequence
         return os.fstat(file.fileno()).st_size
 
 
+def count_bytes(description: dict[str, Any], tensors: Sequence[TensorSource]) -> int:
+    """Bytes of the file that `write_tensor_file` would write."""
+    digests = {tensor.name: [NO_DIGEST] * len(tensor.blocks) for tensor in tensors}
+    return 8 + len(_header(description, tensors, digests)) + sum(tensor.num_bytes for tensor in tensors)
+
+
 class TensorFileReader:
     """An open file whose header is right; `read_block` fills memory with a block that is right."""
 

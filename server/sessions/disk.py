@@ -22,7 +22,7 @@ import numpy as np
 from retrieval.geometry import Geometry
 from retrieval.index_files import IndexFiles
 from retrieval.kv_buffer import KvBuffer
-from retrieval.segment_file import PrefixDigests, SegmentRecord, read_record, read_segment, write_segment
+from retrieval.segment_file import PrefixDigests, SegmentRecord, read_record, read_segment, segment_bytes, write_segment
 from retrieval.segment_index import SegmentIndex
 from retrieval.segments import TokenIds, common_prefix
 from retrieval.tensor_file import TensorFileError
@@ -30,6 +30,7 @@ from server.engine.recorder import Recorder
 from server.sessions.disk_files import DiskFiles, lock_directory
 from server.sessions.policy import Candidate, choose_victims, prefill_seconds
 
+INDEX_HEADER_BYTES = 4096  # about
 FREE_SHARE = 0.5  # of the file system's free bytes: the quota where none is given
 
 
@@ -58,6 +59,20 @@ class DiskStats:
     kv_bytes: int = 0
     index_bytes: int = 0
     limit_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A segment to write, and what the quota weighs it by."""
+
+    record: SegmentRecord
+    kv: KvBuffer
+    index: SegmentIndex | None
+    salt: str
+    context_ids: TokenIds  # all tokens from 0 to its end
+    last_used: float  # wall clock
+    num_hits: int = 0
+    is_kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +190,7 @@ class Disk:
         if entry is not None:
             entry.num_hits += 1
             if now - entry.last_used > 60.0:
-                self._files.touch(digest)
+                self._files.touch(digest, now)
             entry.last_used = now
 
     def keep(self, digest: bytes, is_kept: bool) -> None:
@@ -187,25 +202,26 @@ class Disk:
 
     # --- writing --------------------------------------------------------------------------------------
 
-    def write(
-        self, record: SegmentRecord, kv: KvBuffer, index: SegmentIndex | None, salt: str, context_ids: TokenIds
-    ) -> bool:
-        """Put a segment on disk unless it is there; whether it is now. `context_ids`: all tokens from 0 to its end."""
+    def write(self, segment: Outgoing) -> bool:
+        """Put a segment on disk unless it is there, or worth less than what would have to go; whether it is there."""
+        record = segment.record
         if self.get(record.digest) is None:
-            needed = kv.nbytes + 4 * len(record.token_ids) + (0 if index is None else index.nbytes) + 65536
-            if not self._make_room(needed):
-                self._files.failed("kv_disk_full", f"no room for {needed} bytes in {self._files.folder}")
+            if not self._make_room(segment):
                 return False
             written = self._files.write(
-                record.digest, "segment", lambda path: write_segment(path, record, kv, self.model)
+                record.digest, "segment", lambda path: write_segment(path, record, segment.kv, self.model)
             )
             if written is None:
                 return False
+            self._files.touch(record.digest, segment.last_used)
             with self._guard:
-                self._entries[record.digest] = DiskEntry(record, written)
-            self._drop_superseded(record, salt, context_ids)
-        if index is not None:
-            self._write_index(record.digest, index)
+                entry = DiskEntry(record, written, last_used=segment.last_used, num_hits=segment.num_hits)
+                self._entries[record.digest] = entry
+            self._drop_superseded(record, segment.salt, segment.context_ids)
+        if segment.is_kept:
+            self.keep(record.digest, True)
+        if segment.index is not None:
+            self._write_index(record.digest, segment.index)
         return True
 
     def _write_index(self, digest: bytes, index: SegmentIndex) -> None:
@@ -213,15 +229,28 @@ class Disk:
         if entry is not None and not entry.index_bytes and indexes is not None:
             entry.index_bytes = self._files.write(digest, "index", lambda p: indexes.write(p, digest, index)) or 0
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Whether quota and file system take so many bytes, after the least valuable entries have gone."""
-        entries = self.entries()
+    def _make_room(self, segment: Outgoing) -> bool:
+        """Whether quota and file system take it, after less valuable entries have gone; nothing goes in vain."""
+        newcomer = DiskEntry(
+            segment.record,
+            segment_bytes(segment.record, segment.kv, self.model),
+            0 if segment.index is None else segment.index.nbytes + INDEX_HEADER_BYTES,
+            segment.last_used,
+            segment.num_hits,
+            segment.is_kept,
+        )
+        entries, now = self.entries(), time.time()
         room = min(self.limit_bytes - sum(e.num_bytes for e in entries), self._files.free_bytes())
-        if room >= num_bytes or num_bytes > self.limit_bytes:
-            return room >= num_bytes
-        now = time.time()
-        victims = choose_victims([_candidate(e, now) for e in entries if not e.is_kept], num_bytes - room)
-        if room + sum(victim.num_bytes for victim in victims) < num_bytes:
+        if room >= newcomer.num_bytes:
+            return True
+        missing = newcomer.num_bytes - room
+        others = [_candidate(e, now) for e in entries if not e.is_kept]
+        victims = choose_victims(others, missing)
+        if sum(victim.num_bytes for victim in victims) < missing:
+            self._files.failed("kv_disk_full", f"no room for {newcomer.num_bytes} bytes in {self._files.folder}")
+            return False
+        keys = {victim.key for victim in victims}
+        if not newcomer.is_kept and _candidate(newcomer, now).cost < max(c.cost for c in others if c.key in keys):
             return False
         for victim in victims:
             self.remove(victim.key, "quota")

@@ -100,10 +100,10 @@ class DiskFiles:
         except OSError as error:
             self.failed("kv_disk_write_failed", error)
 
-    def touch(self, digest: bytes) -> None:
-        """Set the time of last use."""
+    def touch(self, digest: bytes, last_used: float) -> None:
+        """Set the time of last use (wall clock), for after a restart."""
         try:
-            os.utime(self.path(digest, "segment"))
+            os.utime(self.path(digest, "segment"), (last_used, last_used))
         except OSError as error:
             self.failed("kv_disk_unreadable", error)
 

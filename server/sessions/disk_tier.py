@@ -17,7 +17,7 @@ import numpy as np
 
 from retrieval.segment_file import PrefixDigests, SegmentRecord
 from retrieval.segments import Path, PathEntry, PathHold, Segment, SegmentStore, TokenIds, path_to, segment_digest
-from server.sessions.disk import Disk, DiskEntry, Stored
+from server.sessions.disk import Disk, DiskEntry, Outgoing, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class DiskTier:
         self._release, self._on_spilled, self._on_loaded = release, on_spilled, on_loaded
         self._saves: dict[bytes, _Save] = {}
         self._loads: list[_Load] = []
+        self._is_closed = False
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-disk-write")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-disk-read")
 
@@ -115,7 +116,7 @@ class DiskTier:
         if save is None and is_kept:
             self.disk.keep(segment.digest, True)
         if save is None and (is_spill or is_kept or segment.num_tokens >= MIN_SAVED_TOKENS) and self._lacks(segment):
-            save = self._saves[segment.digest] = _Save(segment, self._submit(segment))
+            save = self._saves[segment.digest] = _Save(segment, self._submit(segment, is_kept))
         if save is not None:
             save.is_spill, save.is_kept = save.is_spill or is_spill, save.is_kept or is_kept
 
@@ -123,17 +124,21 @@ class DiskTier:
         entry = self.disk.get(segment.digest)
         return entry is None or (segment.index is not None and not entry.index_bytes and self.disk.keeps_indexes)
 
-    def _submit(self, segment: Segment) -> Future[bool]:
+    def _submit(self, segment: Segment, is_kept: bool) -> Future[bool]:
         above = PathEntry(segment.parent, segment.parent_limit) if segment.parent else None
         context_ids = np.concatenate([*[e.segment.token_ids[: e.limit] for e in path_to(above)], segment.token_ids])
-        return self._writer.submit(self._write, segment, context_ids)
+        last_used = time.time() - (time.monotonic() - segment.last_used)
+        return self._writer.submit(self._write, segment, context_ids, last_used, is_kept)
 
-    def _write(self, segment: Segment, context_ids: TokenIds) -> bool:
+    def _write(self, segment: Segment, context_ids: TokenIds, last_used: float, is_kept: bool) -> bool:
         """On the writer's thread."""
         prefix = PrefixDigests(segment.salt, context_ids).at(segment.start)
         record = SegmentRecord(segment.digest, segment.start, prefix, segment.token_ids)
+        index, hits = segment.index, segment.num_hits
         try:
-            return self.disk.write(record, segment.kv, segment.index, segment.salt, context_ids)
+            return self.disk.write(
+                Outgoing(record, segment.kv, index, segment.salt, context_ids, last_used, hits, is_kept)
+            )
         except Exception:
             logger.exception("a segment could not be written")
             return False
@@ -208,7 +213,10 @@ class DiskTier:
                     self._on_spilled(save.segment, save.result.result())
 
     def close(self) -> None:
-        """Write what is not on disk yet, for as long as there is time; let the directory go. Engine stopped."""
+        """Write what is not on disk yet, while there is time, and let the directory go. Idempotent; no engine runs."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for segment in sorted(self._store, key=lambda s: s.last_used, reverse=True):
             self.save(segment)
         started = time.monotonic()
