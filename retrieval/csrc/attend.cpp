@@ -5,11 +5,13 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <set>
 
 namespace retrieval {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kExactKeys = 1024;  // keys per task of exact attention
 constexpr int kTileKeys = 256;             // keys whose scores are held at once
@@ -18,7 +20,8 @@ constexpr int kBlocksPerChunk = kChunkKeys / kBlockKeys;
 constexpr std::int64_t kChunksPerTask = 2;
 constexpr std::int64_t kSmallPart = 512;   // searched parts this small are attended exactly
 constexpr int kProbes = 16;                // keys rescored to find the threshold
-constexpr std::int64_t kSampleGroups = 16; // groups estimated to see how wide a head looks
+constexpr float kLargestVariance = 4.0f;    // nats squared
+constexpr std::int64_t kSampleGroups = 32; // groups estimated to see how wide a head looks
 
 // Softmax over some keys, not yet divided: sum of exp(scale * (s - top)) and the values weighted with it.
 struct Partial {
@@ -29,8 +32,8 @@ struct Partial {
 
 struct Candidate {
   std::int32_t position;
-  float slack;         // largest distance of its bound above the floor of a head
-  std::uint8_t heads;  // bit h: its bound passes the floor of head h
+  float slack;     // largest distance of its bound above the floor of a head; infinite if drawn
+  float inverse;   // one over the chance that it was drawn; 1 if it passed a floor
 };
 
 // One searched part, seen by one unit.
@@ -44,9 +47,8 @@ struct Scan {
   std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::vector<std::vector<Candidate>> found;  // by chunk task
-  std::vector<std::size_t> rest_slots;        // by chunk task, where unretrieved keys are summed; empty if nowhere
   std::vector<std::int32_t> positions;        // all found, ascending
-  std::vector<std::uint8_t> heads;            // Candidate::heads of each
+  std::vector<float> inverses;                // Candidate::inverse of each
   float* scores = nullptr;                    // [num][positions.size()]
 
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
@@ -56,10 +58,10 @@ struct Scan {
 
   std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
 
-  // How bounds of chunk i become estimates.
-  Estimate terms(std::int64_t i, int h, float scale, float best) const {
-    const float factor = chunk(i).unit / 32768.0f, deviation = query.deviation[h] * factor;
-    return {query.base[h], bound_unit(i, h), query.lift[h] * factor, 0.5f * scale * deviation * deviation, scale, best};
+  // How bounds of chunk i become weights relative to a key of score `best`.
+  Weigher weigher(std::int64_t i, int h, float scale, float best) const {
+    const float unit = scale * kLog2E;
+    return {unit * (query.base[h] - best), unit * bound_unit(i, h), unit * query.lift[h] * chunk(i).unit / 32768.0f};
   }
 
   // Integer bounds of chunk i that reach `floor` are those >= the result; above 32767: none does.
@@ -80,8 +82,8 @@ struct Unit {
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
-  bool is_spread[kMaxGroup] = {};  // keys below the floor are summed by estimate
-  bool has_spread = false;
+  float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
+  bool draws_any = false;
   std::int64_t num_probed = 0;
 };
 
@@ -158,7 +160,6 @@ class Job {
   void lock(const std::vector<std::vector<const Part*>>& parts);
   void add_part(Unit& unit, std::size_t at, const Part& part);
   std::size_t add_partial(Unit& unit);
-  void add_rest(Unit& unit);
   void prepare(Unit& unit);
   void attend_exactly(const Task& task);
   void scan_chunks(const Task& task);
@@ -167,6 +168,7 @@ class Job {
   std::vector<float> probe(Unit& unit, int h, std::size_t wanted) const;
   float floor_of(float best, std::vector<float>& scores, int k) const;
   void look_around(Unit& unit, int h, float known) const;
+  float phase(const Unit& unit, std::int64_t first_key) const;
   void refine(const Task& task, AttendStats& stats);
   void gather(std::size_t at);
   void settle_floor(Unit& unit, int k);
@@ -330,26 +332,12 @@ void Job::scan_chunks(const Task& task) {
   }
 }
 
-// A place per task of refine for the keys that are summed.
-void Job::add_rest(Unit& unit) {
-  for (Scan& scan : unit.scans) {
-    for (std::size_t i = 0; i < scan.found.size(); ++i) {
-      const std::size_t slot = add_partial(unit);
-      std::copy_n(unit.best, kMaxGroup, unit.partials[slot].top);
-      scan.rest_slots.push_back(slot);
-    }
-  }
-}
-
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
   for_units([&](Unit& unit) { find_floor(unit, k); });
-  for (Unit& unit : units_) {
-    if (unit.has_spread) add_rest(unit);
-  }
   std::vector<AttendStats> counts(scan_tasks_.size());
   for_tasks(scan_tasks_, [&](std::size_t i) { refine(scan_tasks_[i], counts[i]); });
-  for (const AttendStats& count : counts) stats_.num_summed += count.num_summed;
+  for (const AttendStats& count : counts) stats_.num_drawn += count.num_drawn;
   for (std::size_t u = 0; u < units_.size(); ++u) gather(u);
   for_tasks(score_tasks_, [&](std::size_t i) {
     const Task& task = score_tasks_[i];
@@ -372,10 +360,8 @@ void Job::find_floor(Unit& unit, int k) {
     for (int h = 0; h < unit.queries.num; ++h) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   }
   std::int64_t num_visible = 0;
-  bool has_values = true;
   for (const Scan& scan : unit.scans) {
     num_visible += scan.end - scan.begin;
-    has_values &= scan.num_chunks == 0 || scan.part->codes->has_values_locked();
   }
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   for (int h = 0; h < unit.queries.num; ++h) {
@@ -383,7 +369,7 @@ void Job::find_floor(Unit& unit, int k) {
     unit.num_probed += static_cast<std::int64_t>(scores.size());
     for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
     unit.floor[h] = floor_of(unit.best[h], scores, k);
-    if (k > 0 || budget_.rest <= 0.0f || !has_values || will_list_) continue;
+    if (k > 0 || budget_.rest <= 0.0f || will_list_) continue;
     float known = 0.0f;
     for (const float score : scores) known += std::exp(scale_ * (score - unit.best[h]));
     for (const Partial& partial : unit.partials) {
@@ -391,7 +377,6 @@ void Job::find_floor(Unit& unit, int k) {
     }
     look_around(unit, h, known);
   }
-  for (int h = 0; h < unit.queries.num; ++h) unit.has_spread |= unit.is_spread[h];
 }
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
@@ -495,12 +480,13 @@ float Job::floor_of(float best, std::vector<float>& scores, int k) const {
 }
 
 // Groups taken at even distances tell how many keys pass the floor and what those below weigh. Too many, or
-// too much: the head is spread. It then retrieves few keys and has the others summed by estimate.
+// too much: the head looks widely. It then takes about rest_keys keys, each with a chance in proportion to its
+// weight, and those for certain whose chance would be 1 (sampling in proportion to size; Hajek 1964).
 // known: weight of the keys seen so far, relative to the best one.
 void Job::look_around(Unit& unit, int h, float known) const {
-  std::vector<float> estimates;
-  float below = 0.0f;
-  std::int64_t num_groups = 0, num_visible = 0;
+  std::vector<float> weights;
+  float variance = 0.0f;  // of an estimated logit, in nats squared
+  std::int64_t num_groups = 0, num_visible = 0, num_sampled = 0;
   for (const Scan& scan : unit.scans) num_groups += scan.num_chunks * kChunkGroups;
   const std::int64_t step = std::max<std::int64_t>(1, num_groups / kSampleGroups);
   std::int64_t group = step / 2;  // counted through all scans
@@ -508,60 +494,87 @@ void Job::look_around(Unit& unit, int h, float known) const {
     num_visible += scan.end - scan.begin;
     for (; group < scan.num_chunks * kChunkGroups; group += step) {
       const std::int64_t c = group / kChunkGroups, slot = group % kChunkGroups * kGroupKeys;
-      const std::int16_t* bounds = scan.bounds + h * scan.stride() + group * kGroupKeys;
-      const std::int16_t* factors = scan.chunk(c).factors + slot;
-      const Estimate terms = scan.terms(c, h, scale_, unit.best[h]);
       const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
-      kernels().split(bounds, factors, terms, unit.floor[h], visible, &below);
-      for_each_bit(visible, [&](int i) {
-        estimates.push_back(terms.base + terms.slope * static_cast<float>(bounds[i]) -
-                            terms.lift * static_cast<float>(factors[i]));
-      });
+      weights.resize(weights.size() + kGroupKeys, 0.0f);
+      const std::int16_t* factors = scan.chunk(c).factors + slot;
+      kernels().split(scan.bounds + h * scan.stride() + group * kGroupKeys, factors,
+                      scan.weigher(c, h, scale_, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
+      num_sampled += __builtin_popcountll(visible);
+      std::int64_t squares = 0;
+      for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
+      const float deviation = scale_ * scan.query.deviation[h] * scan.chunk(c).unit / 32768.0f;
+      variance += deviation * deviation * static_cast<float>(squares);
     }
     group -= scan.num_chunks * kChunkGroups;
   }
-  if (estimates.empty()) return;
-  const float per_sample = static_cast<float>(num_visible) / static_cast<float>(estimates.size());
-  below *= per_sample;
-  const auto rank = static_cast<std::size_t>(static_cast<float>(budget_.rest_keys) / per_sample);
-  float ranked = -kInfinity;
-  if (rank < estimates.size()) {
-    const auto nth = estimates.begin() + static_cast<std::ptrdiff_t>(rank);
-    std::nth_element(estimates.begin(), nth, estimates.end(), std::greater<float>());
-    ranked = *nth;
+  if (num_sampled == 0) return;
+  const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
+  const auto wanted = static_cast<float>(budget_.rest_keys);
+  // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.
+  const auto divide = [&](float weight) {
+    constexpr std::size_t kLanes = 16;  // divides kGroupKeys
+    float counts[kLanes] = {}, sums[kLanes] = {};
+    for (std::size_t i = 0; i < weights.size(); i += kLanes) {
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        const float each = weights[i + j];
+        counts[j] += each >= weight ? 1.0f : 0.0f;
+        sums[j] += each >= weight ? 0.0f : each;
+      }
+    }
+    return std::pair<float, float>(per_sample * std::accumulate(counts, counts + kLanes, 0.0f),
+                                   per_sample * std::accumulate(sums, sums + kLanes, 0.0f));
+  };
+  // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
+  // too large by e^(variance / 2).
+  variance /= static_cast<float>(weights.size());
+  if (variance > kLargestVariance) return;
+  const auto [count, inflated] = divide(std::exp(scale_ * (unit.floor[h] - unit.best[h])));
+  const float below = inflated * std::exp(-0.5f * variance);
+  if (count <= wanted && below <= budget_.rest * (known + below)) return;
+  float spacing = divide(kInfinity).second / wanted;
+  for (int turn = 0; turn < 3; ++turn) {
+    const auto [above, rest] = divide(spacing);
+    spacing = rest / std::max(wanted - above, 0.25f * wanted);
   }
-  unit.is_spread[h] = ranked > unit.floor[h] || below > budget_.rest * (known + below);
-  if (unit.is_spread[h]) unit.floor[h] = std::max(unit.floor[h], ranked);
+  if (!(spacing > 0.0f)) return;
+  unit.draws[h] = 1.0f / spacing;
+  unit.draws_any = true;
+  unit.floor[h] = unit.best[h] + std::log(spacing) / scale_;
 }
 
-// Keys whose bound passes the floor become candidates; of a spread head, those whose estimate does.
+// Somewhere in [0, 1), the same for the same step: where the drawing of a task begins.
+float Job::phase(const Unit& unit, std::int64_t first_key) const {
+  std::uint32_t bits;
+  std::memcpy(&bits, &unit.best[0], sizeof(bits));
+  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(first_key);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<float>(z >> 40) * 0x1p-24f;
+}
+
+// Keys whose bound passes the floor become candidates; of a head that looks widely, those whose estimate does
+// and some of the others, drawn once for all such heads of the unit.
 void Job::refine(const Task& task, AttendStats& stats) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
   std::vector<Candidate>& found = scan.found[task.slot];
-  Partial* partial = unit.has_spread ? &unit.partials[scan.rest_slots[task.slot]] : nullptr;
-  const std::int64_t num_coded = scan.part->codes->num_keys_locked();
+  float at = phase(unit, scan.first_key(task.begin));
   std::uint64_t masks[kMaxGroup][kChunkGroups];
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    float rest[kMaxGroup * kChunkGroups] = {};  // weight of a group's unretrieved keys, per key of the group
+    float measure[kChunkKeys];
+    if (unit.draws_any) std::fill_n(measure, kChunkKeys, 0.0f);
     std::uint64_t any[kChunkGroups] = {};
     for (int h = 0; h < unit.queries.num; ++h) {
       const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
-      if (unit.is_spread[h]) {
-        const Estimate terms = scan.terms(c, h, scale_, unit.best[h]);
+      if (unit.draws[h] > 0.0f) {
+        const float floor = scale_ * kLog2E * (unit.floor[h] - unit.best[h]);
+        const Weigher weigher = scan.weigher(c, h, scale_, unit.best[h]);
         for (int g = 0; g < kChunkGroups; ++g) {
-          const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
-          const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
-          float weight = 0.0f;
-          masks[h][g] = 0;
-          if (visible == 0) continue;
-          masks[h][g] = kernels().split(bounds + g * kGroupKeys, chunk.factors + g * kGroupKeys, terms,
-                                        unit.floor[h], visible, &weight);
+          const std::uint64_t visible = range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end);
+          masks[h][g] = kernels().split(bounds + g * kGroupKeys, chunk.factors + g * kGroupKeys, weigher, floor,
+                                        visible, unit.draws[h], measure + g * kGroupKeys);
           any[g] |= masks[h][g];
-          rest[h * kChunkGroups + g] = weight / static_cast<float>(std::min<std::int64_t>(kGroupKeys, num_coded - first));
-          partial->sum[h] += weight;
-          stats.num_summed += __builtin_popcountll(visible & ~masks[h][g]);
         }
         continue;
       }
@@ -576,22 +589,23 @@ void Job::refine(const Task& task, AttendStats& stats) {
       }
     }
     for (int g = 0; g < kChunkGroups; ++g) {
-      if (any[g] == 0) continue;
       const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
-      for_each_bit(any[g] & range_mask(first, scan.begin, scan.end), [&](int i) {
-        Candidate candidate{static_cast<std::int32_t>(first + i), -kInfinity, 0};
+      const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
+      std::uint64_t sure = any[g] & visible, drawn = 0;
+      if (unit.draws_any) drawn = kernels().draw(measure + g * kGroupKeys, sure | ~visible, &at, &sure);
+      for_each_bit(sure, [&](int i) {
+        Candidate candidate{static_cast<std::int32_t>(first + i), -kInfinity, 1.0f};
         for (int h = 0; h < unit.queries.num; ++h) {
           if ((masks[h][g] >> i & 1u) == 0) continue;
           const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
           candidate.slack = std::max(candidate.slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
-          candidate.heads = static_cast<std::uint8_t>(candidate.heads | 1u << h);
         }
         found.push_back(candidate);
       });
-    }
-    if (partial != nullptr) {
-      const Rows sums{chunk.value_sums.get(), nullptr, DType::kFloat32, unit.queries.head_dim};
-      kernels().accumulate(rest, kChunkGroups, unit.queries.num, sums, nullptr, 0, kChunkGroups, partial->acc);
+      for_each_bit(drawn, [&](int i) {
+        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, 1.0f / measure[g * kGroupKeys + i]});
+      });
+      stats.num_drawn += __builtin_popcountll(drawn);
     }
   }
 }
@@ -618,11 +632,11 @@ void Job::gather(std::size_t at) {
       for (const Candidate& candidate : found) {
         if (candidate.slack < least) continue;
         scan.positions.push_back(candidate.position);
-        scan.heads.push_back(candidate.heads);
+        scan.inverses.push_back(candidate.inverse);
       }
     }
     for (std::int64_t i = scan.end; i < scan.listed_end; ++i) scan.positions.push_back(static_cast<std::int32_t>(i));
-    scan.heads.resize(scan.positions.size(), 0xff);
+    scan.inverses.resize(scan.positions.size(), 1.0f);
     const auto count = static_cast<std::int64_t>(scan.positions.size());
     scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
     stats_.num_scored += unit.queries.num * count;
@@ -644,7 +658,7 @@ void Job::settle_floor(Unit& unit, int k) {
       unit.best[h] = std::max(unit.best[h], kernels().maximum(row, static_cast<int>(count)));
       if (k > 0 || budget_.min_keys > 1) scores.insert(scores.end(), row, row + count);
     }
-    unit.floor[h] = unit.is_spread[h] ? -kInfinity : floor_of(unit.best[h], scores, k);
+    unit.floor[h] = unit.draws[h] > 0.0f ? -kInfinity : floor_of(unit.best[h], scores, k);
   }
 }
 
@@ -664,6 +678,7 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
   Partial& partial = unit.partials[task.slot];
   const std::size_t stride = scan.positions.size();
   float weights[kMaxGroup * kTileKeys];
+  float inverses[kTileKeys];
   std::int32_t positions[kTileKeys];
   // Keys that matter to any head, moved together.
   int count = 0;
@@ -671,14 +686,13 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
     bool is_kept = false;
     for (int h = 0; h < unit.queries.num; ++h) {
       const float score = scan.scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
-      // A spread head has summed what did not pass for it, so that must not enter again.
-      const bool is_mine = score >= unit.floor[h] &&
-                           (!unit.is_spread[h] || (scan.heads[static_cast<std::size_t>(i)] >> h & 1u) != 0);
+      const bool is_mine = score >= unit.floor[h];
       weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
       is_kept |= is_mine;
       num_retrieved += is_mine ? 1 : 0;
     }
     positions[count] = scan.positions[static_cast<std::size_t>(i)];
+    inverses[count] = scan.inverses[static_cast<std::size_t>(i)];
     count += is_kept ? 1 : 0;
   }
   if (count == 0) return;
@@ -687,6 +701,14 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
     partial.top[h] = unit.best[h];
     partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, unit.best[h],
                                              std::numeric_limits<float>::lowest());
+    if (unit.draws[h] == 0.0f) continue;
+    // What was drawn stands for others too.
+    float sum = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      weights[h * kTileKeys + i] *= inverses[i];
+      sum += weights[h * kTileKeys + i];
+    }
+    partial.sum[h] = sum;
   }
   kernels().accumulate(weights, kTileKeys, unit.queries.num, scan.part->value_rows(unit.kv_head), positions, 0, count,
                        partial.acc);

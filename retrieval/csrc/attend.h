@@ -51,8 +51,8 @@ struct Budget {
   float deviations = 3.5f;  // a key is ruled out when even that many standard deviations would not lift it
   int min_keys = 1;         // retrieved at least (as far as there are keys)
   int max_keys = 16384;     // rescored at most, per KV head and sequence
-  float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share has them summed by estimate
-  int rest_keys = 512;      // keys such a head retrieves, about
+  float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
+  int rest_keys = 1536;     // keys such a head takes, about
 };
 
 // Sums over sequences and query heads.
@@ -60,7 +60,7 @@ struct AttendStats {
   std::int64_t num_visible = 0;    // keys attended or searched
   std::int64_t num_scored = 0;     // exact inner products
   std::int64_t num_retrieved = 0;  // keys of searched parts whose value entered the output
-  std::int64_t num_summed = 0;     // keys that entered as the estimated weight of their group's mean value
+  std::int64_t num_drawn = 0;      // keys drawn by units whose heads look widely, once per unit
   std::int64_t bytes_read = 0;     // codes, keys and values
 };
 

@@ -443,7 +443,7 @@ NB_MODULE(_core, m) {
       .def_ro("num_visible", &AttendStats::num_visible)
       .def_ro("num_scored", &AttendStats::num_scored)
       .def_ro("num_retrieved", &AttendStats::num_retrieved)
-      .def_ro("num_summed", &AttendStats::num_summed)
+      .def_ro("num_drawn", &AttendStats::num_drawn)
       .def_ro("bytes_read", &AttendStats::bytes_read);
 
   const auto set_range = [](BoundPart& bound, std::int64_t begin, std::int64_t end) {

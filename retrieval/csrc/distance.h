@@ -38,10 +38,9 @@ inline constexpr int kTableLevels = 31;  // largest entry of a look-up table: ei
 // (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces.
 inline constexpr int plane_bytes(int head_dim) { return head_dim / 8 * kGroupKeys; }
 
-// How a bound becomes an estimate again: score = base + slope * bound - lift * factor, and its weight
-// exp(scale * (score - correction * factor^2 - best)), the correction being for the estimate's own spread.
-struct Estimate {
-  float base, slope, lift, correction, scale, best;
+// Binary logarithm of a key's weight, by estimate: at most 0 and base + slope * bound - lift * factor.
+struct Weigher {
+  float base, slope, lift;
 };
 
 struct Kernels {
@@ -71,10 +70,14 @@ struct Kernels {
                const std::int16_t* factors, std::int16_t* bounds, std::int64_t stride, std::int16_t* tops,
                std::int64_t tops_stride);
 
-  // Of 64 keys, those in `visible` whose estimate is at least floor; the weights of the others in `visible`
-  // are added to *rest.
-  std::uint64_t (*split)(const std::int16_t* bounds, const std::int16_t* factors, const Estimate& terms, float floor,
-                         std::uint64_t visible, float* rest);
+  // Of 64 keys, those in `visible` whose weight has a logarithm of at least floor; of the others in `visible`,
+  // `inverse` times the weight is added to measure[i]. The weights are good to a thousandth.
+  std::uint64_t (*split)(const std::int16_t* bounds, const std::int16_t* factors, const Weigher& weigher, float floor,
+                         std::uint64_t visible, float inverse, float* measure);
+
+  // Systematic draw from 64 keys, those in `left_out` excepted: *at grows by measure[i], and each time it reaches 1
+  // key i is drawn and 1 subtracted. Keys of a measure of 1 and more are put into *sure instead.
+  std::uint64_t (*draw)(const float* measure, std::uint64_t left_out, float* at, std::uint64_t* sure);
 
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);
