@@ -18,11 +18,8 @@ class LayerCodes:
     """RaBitQ codes of the keys of one segment and layer, all KV heads. Searches may run while keys are appended."""
 
     def __init__(self, num_kv_heads: int, head_dim: int, bits: int = 2, seed: int = 0) -> None: ...
-    def append(self, keys: Tensor, values: Tensor | None = None) -> None:
-        """keys, values `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none.
-
-        With values (for all keys or for none), heads that look widely have what they do not retrieve summed by
-        estimate; without, they retrieve it."""
+    def append(self, keys: Tensor) -> None:
+        """keys `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none."""
 
     @property
     def num_kv_heads(self) -> int: ...
@@ -94,12 +91,12 @@ class Budget:
         min_keys: int = 1,
         max_keys: int = 16384,
         rest: float = 0.003,
-        rest_keys: int = 512,
+        rest_keys: int = 1536,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
         max_keys: rescored at most, per KV head and sequence. rest: a head whose unretrieved keys weigh more than this
-        share has them summed by estimate (0: never), and then retrieves about `rest_keys`."""
+        share takes about `rest_keys` drawn by estimated weight instead (0: never)."""
 
     @property
     def k(self) -> int: ...
@@ -132,8 +129,8 @@ class AttendStats:
         """Keys of searched parts whose value entered the output."""
 
     @property
-    def num_summed(self) -> int:
-        """Keys that entered as the estimated weight of the mean value of their 64 neighbours."""
+    def num_drawn(self) -> int:
+        """Keys drawn for heads that look widely, counted once for the heads that share a KV head."""
 
     @property
     def bytes_read(self) -> int:
@@ -204,8 +201,10 @@ def attend_chunk(
     of threads. RuntimeError where `can_attend_chunk` says no.
     """
 
-def search(queries: Tensor, part: Part, k: int, positions: Tensor, scores: Tensor, budget: Budget = ...) -> AttendStats:
-    """The best k keys of a part with one KV head for queries `[num_queries, head_dim]`.
+def search(
+    queries: Tensor, part: Part, k: int, positions: Tensor, scores: Tensor, budget: Budget = ..., kv_head: int = 0
+) -> AttendStats:
+    """The best k keys of one KV head of a part for queries `[num_queries, head_dim]`.
 
     Fills positions int64 `[num_queries, k]`, padded with -1, and scores float32 `[num_queries, k]`, raw inner
     products, descending, padded with -inf.

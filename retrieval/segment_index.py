@@ -64,7 +64,7 @@ class CodesMaker:
     seed: int = 0
 
     def encode(self, kv: KvBuffer, layer_idx: int, end: int, known: Any = None) -> Any:
-        """`_core.LayerCodes` of one layer's keys before `end`, and of the sums of their values.
+        """`_core.LayerCodes` of one layer's keys before `end`.
 
         known: such codes of the first keys, which are copied instead of made again.
         """
@@ -80,7 +80,7 @@ class CodesMaker:
         """Encode the keys behind those held, a slice at a time: encoding needs as much scratch as it makes codes."""
         for begin in range(codes.num_keys, end, ENCODE_TOKENS):
             stop = min(begin + ENCODE_TOKENS, end)
-            codes.append(kv.read_keys(layer_idx, begin, stop), kv.read_values(layer_idx, begin, stop))
+            codes.append(kv.read_keys(layer_idx, begin, stop))
 
     def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
         """The index of a segment whose layers are encoded."""
@@ -138,11 +138,10 @@ class CodesIndex(SegmentIndex):
         return self.layers[layer_idx]
 
     def search(self, layer_idx: int, kv_head: int, query: Tensor, k: int, end: int) -> Tensor:
-        """See `SegmentIndex.search`; the head's codes are made again, as a layer's are for all heads at once."""
-        keys = self.kv.read_keys(layer_idx, self.begin, end)[kv_head : kv_head + 1]
-        codes = self.maker.core.LayerCodes(1, keys.shape[2], self.maker.bits, self.maker.seed)
-        codes.append(keys)
+        """See `SegmentIndex.search`."""
         positions, scores = torch.full((1, k), -1, dtype=torch.int64), torch.empty(1, k)
-        part = self.maker.core.Part(keys, keys, 0, end - self.begin, codes)
-        self.maker.core.search(query[None].contiguous(), part, k, positions, scores, self.maker.budget)
-        return positions[0][positions[0] >= 0] + self.begin
+        scales = [None if t is None else t[layer_idx] for t in (self.kv.key_scales, self.kv.value_scales)]
+        keys, values = self.kv.keys[layer_idx], self.kv.values[layer_idx]
+        part = self.maker.core.Part(keys, values, self.begin, end, self.layers[layer_idx], *scales)
+        self.maker.core.search(query[None].contiguous(), part, k, positions, scores, self.maker.budget, kv_head)
+        return positions[0][positions[0] >= 0]

@@ -2,9 +2,10 @@
 //
 // A sequence is a list of parts, disjoint runs of positions. A part without codes is attended exactly.
 // A part with codes is searched: the codes are scanned once for all query heads of a KV head, keys whose
-// bound could matter are rescored exactly, and those that do matter enter the output. A head that looks
-// so widely that too much would be left out has the rest summed: each key with its estimated weight, and
-// the mean value of its 64 neighbours. Everything is merged in float32.
+// bound could matter are rescored exactly, and those that do matter enter the output. A head that looks so
+// widely that too much would be left out takes a sample instead: keys drawn in proportion to their estimated
+// weights, each with its exact weight over its chance (MagicPIG, arXiv 2410.16179, draws too, by hash
+// collisions; here the chances follow the codes). Everything is merged in float32.
 // The result depends neither on the number of threads nor on their timing.
 #pragma once
 
@@ -75,9 +76,9 @@ struct LayerQueries {
 AttendStats attend_layer(const LayerQueries& queries, const std::vector<std::vector<const Part*>>& parts, float scale,
                          const Budget& budget, ThreadPool& pool, float* out, float* lse);
 
-// The best k keys of part (one KV head) for each of num_queries queries: positions [num_queries][k]
+// The best k keys of one KV head of part for each of num_queries queries: positions [num_queries][k]
 // padded with -1, scores descending and padded with -inf. Exact if the part has no codes.
-AttendStats search_part(const LayerQueries& queries, const Part& part, int k, const Budget& budget, ThreadPool& pool,
-                        std::int64_t* positions, float* scores);
+AttendStats search_part(const LayerQueries& queries, const Part& part, int kv_head, int k, const Budget& budget,
+                        ThreadPool& pool, std::int64_t* positions, float* scores);
 
 }  // namespace retrieval

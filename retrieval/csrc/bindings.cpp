@@ -255,10 +255,10 @@ void bound_attend_chunk(const Array& queries, const std::vector<std::shared_ptr<
 }
 
 AttendStats bound_search(const Array& queries, const std::shared_ptr<BoundPart>& bound, int k, const Integers& positions,
-                         const Floats& scores, const Budget& budget) {
+                         const Floats& scores, const Budget& budget, int kv_head) {
   require(queries.ndim() == 2, "queries must be [num_queries, head_dim]");
   require_contiguous(queries, "queries");
-  require(bound->part.num_kv_heads == 1, "search looks at one KV head");
+  require(kv_head >= 0 && kv_head < bound->part.num_kv_heads, "the part has no such kv_head");
   require(bound->part.head_dim == static_cast<int>(queries.shape(1)), "queries and keys differ in head_dim");
   require(k >= 1, "k must be positive");
   require(positions.ndim() == 2 && scores.ndim() == 2 && positions.shape(0) == queries.shape(0) &&
@@ -270,13 +270,13 @@ AttendStats bound_search(const Array& queries, const std::shared_ptr<BoundPart>&
   const ReadQueries read(queries);
   const LayerQueries layer{read.values.data(), read.bf16.empty() ? nullptr : read.bf16.data(), 1,
                            static_cast<int>(queries.shape(0)), 1, static_cast<int>(queries.shape(1))};
-  return search_part(layer, bound->part, k, budget, *pool, positions.data(), scores.data());
+  return search_part(layer, bound->part, kv_head, k, budget, *pool, positions.data(), scores.data());
 }
 
 std::vector<Rows> head_rows(const Array& array, const char* name, const LayerCodes& codes) {
   require_head_rows(array, name);
   require(static_cast<int>(array.shape(0)) == codes.num_kv_heads() && static_cast<int>(array.shape(2)) == codes.head_dim(),
-          "keys and values must be [num_kv_heads, count, head_dim] of the codes' own heads and width");
+          "keys must be [num_kv_heads, count, head_dim] of the codes' own heads and width");
   const DType dtype = dtype_of(array, name);
   std::vector<Rows> heads;
   for (int h = 0; h < codes.num_kv_heads(); ++h) {
@@ -286,17 +286,12 @@ std::vector<Rows> head_rows(const Array& array, const char* name, const LayerCod
   return heads;
 }
 
-void append_keys(LayerCodes& codes, const Array& keys, const std::optional<Array>& values) {
-  const std::vector<Rows> key_rows = head_rows(keys, "keys", codes);
-  std::vector<Rows> value_rows;
-  if (values) {
-    value_rows = head_rows(*values, "values", codes);
-    require(values->shape(1) == keys.shape(1), "as many values as keys");
-  }
+void append_keys(LayerCodes& codes, const Array& keys) {
+  const std::vector<Rows> rows = head_rows(keys, "keys", codes);
   const auto count = static_cast<std::int64_t>(keys.shape(1));
   const auto pool = pool_owner().get();
   const nb::gil_scoped_release release;
-  codes.append(key_rows, value_rows, count, *pool);
+  codes.append(rows, count, *pool);
 }
 
 // Keys of one head, [num_keys][head_dim].
@@ -385,7 +380,7 @@ NB_MODULE(_core, m) {
 
   nb::class_<LayerCodes>(m, "LayerCodes")
       .def(nb::init<int, int, int, std::uint64_t>(), "num_kv_heads"_a, "head_dim"_a, "bits"_a = 2, "seed"_a = 0)
-      .def("append", &append_keys, "keys"_a.noconvert(), "values"_a.noconvert().none() = nb::none())
+      .def("append", &append_keys, "keys"_a.noconvert())
       .def_prop_ro("num_kv_heads", &LayerCodes::num_kv_heads)
       .def_prop_ro("head_dim", &LayerCodes::head_dim)
       .def_prop_ro("bits", &LayerCodes::bits)
@@ -467,5 +462,5 @@ NB_MODULE(_core, m) {
   m.def("attend_chunk", &bound_attend_chunk, "queries"_a.noconvert(), "parts"_a, "num_new"_a, "scale"_a,
         "out"_a.noconvert(), "lse"_a.noconvert().none() = nb::none(), "sliding_window"_a.none() = nb::none());
   m.def("search", &bound_search, "queries"_a.noconvert(), "part"_a, "k"_a, "positions"_a.noconvert(),
-        "scores"_a.noconvert(), "budget"_a = Budget{});
+        "scores"_a.noconvert(), "budget"_a = Budget{}, "kv_head"_a = 0);
 }

@@ -11,7 +11,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '3'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '4'};
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -115,8 +115,7 @@ std::int64_t LayerCodes::num_keys() const {
 
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
-  const auto chunk_bytes =
-      static_cast<std::int64_t>(sizeof(CodeChunk) + plane_total() + (has_values_ ? sums_total() : 0));
+  const auto chunk_bytes = static_cast<std::int64_t>(sizeof(CodeChunk) + plane_total());
   std::int64_t total = 0;
   for (const HeadCodes& head : heads_) {
     total += static_cast<std::int64_t>(head.chunks.size()) * chunk_bytes + std::int64_t{head_dim_} * 4;
@@ -188,36 +187,13 @@ void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_n
   }
 }
 
-// Sums of the values of each group; the chunks are there.
-void LayerCodes::add_values(HeadCodes& head, const Rows& values, std::int64_t num_new) {
-  const std::vector<float> ones(kGroupKeys, 1.0f);
-  for (std::int64_t i = 0; i < num_new;) {
-    const std::int64_t position = num_keys_ + i;
-    CodeChunk& chunk = *head.chunks[static_cast<std::size_t>(position / kChunkKeys)];
-    const std::int64_t slot = position % kChunkKeys;
-    const std::int64_t count = std::min(num_new - i, kGroupKeys - slot % kGroupKeys);
-    if (!chunk.value_sums) chunk.value_sums = allocate_aligned(sums_total());
-    kernels().accumulate(ones.data(), 0, 1, values, nullptr, i, static_cast<int>(count),
-                         reinterpret_cast<float*>(chunk.value_sums.get()) + slot / kGroupKeys * head_dim_);
-    i += count;
-  }
-}
-
 std::size_t LayerCodes::plane_total() const {
   return static_cast<std::size_t>(bits_) * kChunkGroups * static_cast<std::size_t>(plane_bytes(head_dim_));
 }
 
-std::size_t LayerCodes::sums_total() const {
-  return static_cast<std::size_t>(kChunkGroups) * static_cast<std::size_t>(head_dim_) * sizeof(float);
-}
-
-void LayerCodes::append(const std::vector<Rows>& heads, const std::vector<Rows>& values, std::int64_t num_new,
-                        ThreadPool& pool) {
+void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool) {
   if (num_new == 0) return;
   const std::lock_guard<std::mutex> one_writer(append_mutex_);
-  if (num_keys_ > 0 && has_values_ == values.empty()) {
-    throw std::invalid_argument("values must come with all keys or with none");
-  }
   const auto num_heads = static_cast<std::size_t>(num_kv_heads_);
   std::vector<std::vector<float>> centroids(num_heads);
   std::vector<Encoded> encoded(num_heads);
@@ -246,9 +222,7 @@ void LayerCodes::append(const std::vector<Rows>& heads, const std::vector<Rows>&
   for (std::size_t h = 0; h < num_heads; ++h) {
     heads_[h].centroid = centroids[h];
     splice(heads_[h], encoded[h], num_new);
-    if (!values.empty()) add_values(heads_[h], values[h], num_new);
   }
-  has_values_ = !values.empty();
   num_keys_ += num_new;
 }
 
@@ -256,14 +230,12 @@ std::string LayerCodes::save() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   std::string out(kMagic, sizeof(kMagic));
   const auto put = [&](const void* data, std::size_t size) { out.append(static_cast<const char*>(data), size); };
-  const std::int64_t header[6] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_,
-                                  has_values_};
+  const std::int64_t header[5] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_};
   put(header, sizeof(header));
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) put(head.centroid.data(), head.centroid.size() * sizeof(float));
     for (const auto& chunk : head.chunks) {
       put(chunk->planes.get(), plane_total());
-      if (has_values_) put(chunk->value_sums.get(), sums_total());
       put(chunk->factors, sizeof(chunk->factors));
       put(&chunk->unit, sizeof(float));
     }
@@ -279,18 +251,17 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     at += bytes;
   };
   char magic[sizeof(kMagic)];
-  std::int64_t header[6];
+  std::int64_t header[5];
   take(magic, sizeof(magic));
   if (std::memcmp(magic, kMagic, sizeof(kMagic)) != 0) throw std::invalid_argument("not codes of this version");
   take(header, sizeof(header));
   if (header[0] < 1 || header[0] > 4096 || header[1] < 8 || header[1] > kMaxHeadDim || header[2] < 1 ||
-      header[2] > kMaxBits || header[4] < 0 || header[5] < 0 || header[5] > 1) {
+      header[2] > kMaxBits || header[4] < 0) {
     throw std::invalid_argument("damaged codes header");
   }
   auto codes = std::make_shared<LayerCodes>(static_cast<int>(header[0]), static_cast<int>(header[1]),
                                             static_cast<int>(header[2]), static_cast<std::uint64_t>(header[3]));
-  codes->has_values_ = header[5] == 1;
-  const std::size_t plane_total = codes->plane_total(), sums_total = codes->sums_total();
+  const std::size_t plane_total = codes->plane_total();
   const std::int64_t num_chunks = (header[4] + kChunkKeys - 1) / kChunkKeys;
   for (HeadCodes& head : codes->heads_) {
     if (header[4] == 0) break;
@@ -301,11 +272,6 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
       auto chunk = std::make_unique<CodeChunk>();
       chunk->planes = allocate_aligned(plane_total);
       take(chunk->planes.get(), plane_total);
-      if (codes->has_values_) {
-        if (size - at < sums_total) throw std::invalid_argument("truncated codes");
-        chunk->value_sums = allocate_aligned(sums_total);
-        take(chunk->value_sums.get(), sums_total);
-      }
       take(chunk->factors, sizeof(chunk->factors));
       take(&chunk->unit, sizeof(float));
       head.chunks.push_back(std::move(chunk));

@@ -47,7 +47,6 @@ AlignedBytes allocate_aligned(std::size_t bytes);  // zeroed, 64-byte aligned
 // 2048 keys of one head.
 struct CodeChunk {
   AlignedBytes planes;      // [bits][kChunkGroups][plane_bytes]
-  AlignedBytes value_sums;  // float [kChunkGroups][head_dim], sums of the values of 64 keys; null without values
   alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
   float unit = 0.0f;                                  // above every f in here
 };
@@ -70,11 +69,9 @@ class LayerCodes {
   std::int64_t num_keys() const;
   std::int64_t nbytes() const;
 
-  // Append num_new keys per head: head h's begin at keys[h], their values at values[h] or, with none, nowhere.
-  // Values are needed to account for keys that are not retrieved, and must come with all keys or with none.
-  // Throws std::invalid_argument, and adds nothing, if that is not so or a key is not finite. Searches may run
-  // meanwhile; they see all of the new keys or none.
-  void append(const std::vector<Rows>& keys, const std::vector<Rows>& values, std::int64_t num_new, ThreadPool& pool);
+  // Append num_new keys per head: head h's begin at keys[h]. Throws std::invalid_argument, and adds nothing, if a
+  // key is not finite. Searches may run meanwhile; they see all of the new keys or none.
+  void append(const std::vector<Rows>& keys, std::int64_t num_new, ThreadPool& pool);
 
   std::string save() const;
   // Throws std::invalid_argument on bytes that save did not write.
@@ -84,7 +81,6 @@ class LayerCodes {
   std::shared_mutex& mutex() const { return mutex_; }
   const HeadCodes& head(int h) const { return heads_[static_cast<std::size_t>(h)]; }
   std::int64_t num_keys_locked() const { return num_keys_; }
-  bool has_values_locked() const { return has_values_; }
   const Rotation& rotation() const { return rotation_; }
 
  private:
@@ -93,15 +89,12 @@ class LayerCodes {
   bool encode(const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
-  void add_values(HeadCodes& head, const Rows& values, std::int64_t num_new);
   std::size_t plane_total() const;
-  std::size_t sums_total() const;
 
   int num_kv_heads_, head_dim_, bits_;
   std::uint64_t seed_;
   Rotation rotation_;
   std::int64_t num_keys_ = 0;
-  bool has_values_ = false;
   std::vector<HeadCodes> heads_;
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;

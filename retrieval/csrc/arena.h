@@ -1,0 +1,43 @@
+// Scratch memory of one call after the other.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "codes.h"
+
+namespace retrieval {
+
+// Memory that is kept from call to call: pages once touched stay mapped.
+class Arena {
+ public:
+  template <typename T>
+  T* take(std::size_t count) {
+    const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (blocks_.empty() || used_ + bytes > size_) grow(used_ + bytes);
+    T* pointer = reinterpret_cast<T*>(blocks_.back().get() + (used_ - base_));
+    used_ += bytes;
+    return pointer;
+  }
+  // Everything taken is void; one block from now on.
+  void reset() {
+    if (blocks_.size() > 1) {
+      blocks_.clear();
+      blocks_.push_back(allocate_aligned(size_));
+    }
+    used_ = base_ = 0;
+  }
+
+ private:
+  void grow(std::size_t needed) {
+    const std::size_t bytes = std::max(needed - used_, std::max<std::size_t>(size_, 1u << 20));
+    blocks_.push_back(allocate_aligned(bytes));
+    base_ = used_ = size_;
+    size_ += bytes;
+  }
+  std::vector<AlignedBytes> blocks_;
+  std::size_t size_ = 0, used_ = 0, base_ = 0;
+};
+
+}  // namespace retrieval

@@ -1,0 +1,115 @@
+#include "candidates.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace retrieval {
+namespace {
+
+// Somewhere in [0, 1), the same for the same step: where the drawing of a task begins.
+float phase(const Unit& unit, std::int64_t first_key) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &unit.best[0], sizeof(bits));
+  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(first_key);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<float>(z >> 40) * 0x1p-24f;
+}
+
+}  // namespace
+
+std::int64_t refine(Unit& unit, const Task& task, float scale) {
+  Scan& scan = unit.scans[task.run];
+  std::vector<Candidate>& found = scan.found[task.slot];
+  float at = phase(unit, scan.first_key(task.begin));
+  std::int64_t num_drawn = 0;
+  std::uint64_t masks[kMaxGroup][kChunkGroups];
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    const CodeChunk& chunk = scan.chunk(c);
+    float measure[kChunkKeys];
+    if (unit.draws_any) std::fill_n(measure, kChunkKeys, 0.0f);
+    std::uint64_t any[kChunkGroups] = {};
+    for (int h = 0; h < unit.queries.num; ++h) {
+      const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
+      if (unit.draws[h] > 0.0f) {
+        const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
+        const Weigher weigher = scan.weigher(c, h, scale, unit.best[h]);
+        for (int g = 0; g < kChunkGroups; ++g) {
+          const std::uint64_t visible = range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end);
+          masks[h][g] = kernels().split(bounds + g * kGroupKeys, chunk.factors + g * kGroupKeys, weigher, floor,
+                                        visible, unit.draws[h], measure + g * kGroupKeys);
+          any[g] |= masks[h][g];
+        }
+        continue;
+      }
+      const int threshold = scan.threshold(c, h, unit.floor[h]);
+      for (int b = 0; b < kBlocksPerChunk; ++b) {
+        constexpr int kGroups = kBlockKeys / kGroupKeys;
+        std::uint64_t* mask = masks[h] + b * kGroups;
+        std::fill_n(mask, kGroups, std::uint64_t{0});
+        if (scan.tops[h * scan.tops_stride() + c * kBlocksPerChunk + b] < threshold) continue;
+        kernels().select(bounds + b * kBlockKeys, kGroups, static_cast<std::int16_t>(threshold), mask);
+        for (int g = 0; g < kGroups; ++g) any[b * kGroups + g] |= mask[g];
+      }
+    }
+    for (int g = 0; g < kChunkGroups; ++g) {
+      const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
+      const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
+      std::uint64_t sure = any[g] & visible, drawn = 0;
+      if (unit.draws_any) drawn = kernels().draw(measure + g * kGroupKeys, sure | ~visible, &at, &sure);
+      for_each_bit(sure, [&](int i) {
+        Candidate candidate{static_cast<std::int32_t>(first + i), -kInfinity, 1.0f};
+        for (int h = 0; h < unit.queries.num; ++h) {
+          if ((masks[h][g] >> i & 1u) == 0) continue;
+          const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
+          candidate.slack = std::max(candidate.slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
+        }
+        found.push_back(candidate);
+      });
+      for_each_bit(drawn, [&](int i) {
+        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, 1.0f / measure[g * kGroupKeys + i]});
+      });
+      num_drawn += __builtin_popcountll(drawn);
+    }
+  }
+  return num_drawn;
+}
+
+void keep(Unit& unit, std::size_t limit) {
+  std::vector<float> slacks;
+  std::size_t num_drawn = 0;
+  for (const Scan& scan : unit.scans) {
+    for (const auto& found : scan.found) {
+      for (const Candidate& candidate : found) {
+        if (candidate.is_drawn()) {
+          ++num_drawn;
+        } else {
+          slacks.push_back(candidate.slack);
+        }
+      }
+    }
+  }
+  const std::size_t share = (limit + 1) / 2, every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
+  const std::size_t most = limit - num_drawn / every;
+  float least = -kInfinity;
+  if (slacks.size() > most) {
+    const auto nth = slacks.begin() + static_cast<std::ptrdiff_t>(most - 1);
+    std::nth_element(slacks.begin(), nth, slacks.end(), std::greater<float>());
+    least = *nth;
+  }
+  std::size_t turn = every / 2;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    Scan& scan = unit.scans[s];
+    for (const auto& found : scan.found) {
+      for (const Candidate& candidate : found) {
+        if (candidate.slack < least || (candidate.is_drawn() && turn++ % every != 0)) continue;
+        scan.positions.push_back(candidate.position);
+        scan.inverses.push_back(candidate.is_drawn() ? candidate.inverse * static_cast<float>(every) : 1.0f);
+      }
+    }
+  }
+}
+
+}  // namespace retrieval

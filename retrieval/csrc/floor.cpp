@@ -1,0 +1,209 @@
+#include "floor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <utility>
+
+namespace retrieval {
+namespace {
+
+constexpr int kProbes = 16;                // keys rescored to find the threshold
+constexpr std::int64_t kSampleGroups = 32; // groups estimated to see how wide a head looks
+constexpr float kLargestVariance = 4.0f;    // nats squared
+
+// A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
+float probe_bound(const Unit& unit, int h, std::size_t wanted) {
+  std::vector<float> tops;
+  for (const Scan& scan : unit.scans) {
+    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
+      tops.push_back(scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top);
+    }
+  }
+  if (tops.size() > wanted) {
+    const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
+    std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
+    return *nth;
+  }
+  // Few blocks: go down from the least top in growing steps until enough keys pass.
+  const auto [least, most] = std::minmax_element(tops.begin(), tops.end());
+  float bound = *least, step = std::max(*most - *least, 1e-3f * std::fabs(*most));
+  for (int turn = 0; turn < 8 && step > 0.0f; ++turn) {
+    std::size_t count = 0;
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+        const int threshold = scan.threshold(c, h, bound);
+        if (threshold > 32767) continue;
+        std::uint64_t masks[kChunkGroups];
+        kernels().select(scan.bounds + h * scan.stride() + c * kChunkKeys, kChunkGroups,
+                         static_cast<std::int16_t>(threshold), masks);
+        for (int g = 0; g < kChunkGroups; ++g) {
+          count += static_cast<std::size_t>(__builtin_popcountll(
+              masks[g] & range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end)));
+        }
+      }
+    }
+    if (count >= wanted) return bound;
+    bound -= step;
+    step *= 2.0f;
+  }
+  return -kInfinity;
+}
+
+// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many.
+std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
+  struct Probe {
+    float bound;
+    std::uint32_t scan;
+    std::int32_t position;
+  };
+  std::vector<Probe> probes;
+  const float reached = probe_bound(unit, h, wanted);
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    const Scan& scan = unit.scans[s];
+    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      const int threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
+      if (scan.tops[h * scan.tops_stride() + b] < threshold) continue;
+      const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
+      const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
+      std::uint64_t masks[kBlockKeys / kGroupKeys];
+      kernels().select(bounds, kBlockKeys / kGroupKeys, static_cast<std::int16_t>(threshold), masks);
+      for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
+        const std::int64_t start = scan.first_key(0) + b * kBlockKeys + g * kGroupKeys;
+        for_each_bit(masks[g] & range_mask(start, scan.begin, scan.end), [&](int i) {
+          probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
+                            static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
+        });
+      }
+    }
+  }
+  const std::size_t kept = std::min(probes.size(), 2 * wanted);
+  if (kept < probes.size()) {
+    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
+                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
+  }
+  const Queries query{unit.queries.values + h * unit.queries.head_dim,
+                      unit.queries.bf16 != nullptr ? unit.queries.bf16 + h * unit.queries.head_dim : nullptr, 1,
+                      unit.queries.head_dim};
+  std::vector<float> scores(kept);
+  std::vector<std::int32_t> positions;
+  std::size_t done = 0;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    positions.clear();
+    for (std::size_t i = 0; i < kept; ++i) {
+      if (probes[i].scan == s) positions.push_back(probes[i].position);
+    }
+    const auto count = static_cast<int>(positions.size());
+    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done, count);
+    done += positions.size();
+  }
+  return scores;
+}
+
+// Groups taken at even distances tell how many keys pass the floor and what those below weigh. Too many, or
+// too much: the head looks widely. It then takes about rest_keys keys, each with a chance in proportion to its
+// weight, and those for certain whose chance would be 1 (sampling in proportion to size; Hajek 1964).
+// known: weight of the keys seen so far, relative to the best one.
+void look_around(Unit& unit, int h, float known, const Budget& budget, float scale) {
+  std::vector<float> weights;
+  float variance = 0.0f;  // of an estimated logit, in nats squared
+  std::int64_t num_groups = 0, num_visible = 0, num_sampled = 0;
+  for (const Scan& scan : unit.scans) num_groups += scan.num_chunks * kChunkGroups;
+  const std::int64_t step = std::max<std::int64_t>(1, num_groups / kSampleGroups);
+  std::int64_t group = step / 2;  // counted through all scans
+  for (const Scan& scan : unit.scans) {
+    num_visible += scan.end - scan.begin;
+    for (; group < scan.num_chunks * kChunkGroups; group += step) {
+      const std::int64_t c = group / kChunkGroups, slot = group % kChunkGroups * kGroupKeys;
+      const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
+      weights.resize(weights.size() + kGroupKeys, 0.0f);
+      const std::int16_t* factors = scan.chunk(c).factors + slot;
+      kernels().split(scan.bounds + h * scan.stride() + group * kGroupKeys, factors,
+                      scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
+      num_sampled += __builtin_popcountll(visible);
+      std::int64_t squares = 0;
+      for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
+      const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).unit / 32768.0f;
+      variance += deviation * deviation * static_cast<float>(squares);
+    }
+    group -= scan.num_chunks * kChunkGroups;
+  }
+  if (num_sampled == 0) return;
+  const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
+  const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
+  // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.
+  const auto divide = [&](float weight) {
+    constexpr std::size_t kLanes = 16;  // divides kGroupKeys
+    float counts[kLanes] = {}, sums[kLanes] = {};
+    for (std::size_t i = 0; i < weights.size(); i += kLanes) {
+      for (std::size_t j = 0; j < kLanes; ++j) {
+        const float each = weights[i + j];
+        counts[j] += each >= weight ? 1.0f : 0.0f;
+        sums[j] += each >= weight ? 0.0f : each;
+      }
+    }
+    return std::pair<float, float>(per_sample * std::accumulate(counts, counts + kLanes, 0.0f),
+                                   per_sample * std::accumulate(sums, sums + kLanes, 0.0f));
+  };
+  // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
+  // too large by e^(variance / 2).
+  variance /= static_cast<float>(weights.size());
+  if (variance > kLargestVariance) return;
+  const auto [count, inflated] = divide(std::exp(scale * (unit.floor[h] - unit.best[h])));
+  const float below = inflated * std::exp(-0.5f * variance);
+  if (count <= wanted && below <= budget.rest * (known + below)) return;
+  float spacing = divide(kInfinity).second / wanted;
+  for (int turn = 0; turn < 3; ++turn) {
+    const auto [above, rest] = divide(spacing);
+    spacing = rest / std::max(wanted - above, 0.25f * wanted);
+  }
+  if (!(spacing > 0.0f)) return;
+  unit.draws[h] = 1.0f / spacing;
+  unit.draws_any = true;
+  unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
+}
+
+}  // namespace
+
+float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {
+  const float floor = k > 0 ? kInfinity : best - budget.beta / scale;
+  const auto least = static_cast<std::size_t>(k > 0 ? k : budget.min_keys);
+  if (k == 0 && least <= 1) return floor;  // the best key passes anyway
+  if (least > scores.size()) return -kInfinity;  // fewer than asked for: all of them
+  const auto nth = scores.begin() + static_cast<std::ptrdiff_t>(least - 1);
+  std::nth_element(scores.begin(), nth, scores.end(), std::greater<float>());
+  return std::min(floor, *nth);
+}
+
+// The keys with the highest bounds are scored exactly. What they reach is a floor that the rest must
+// pass: the k-th best score, or beta nats below the best.
+void find_floor(Unit& unit, int k, const Budget& budget, float scale, bool may_draw) {
+  const auto wanted = static_cast<std::size_t>(std::max({k, budget.min_keys, kProbes}));
+  std::fill_n(unit.best, kMaxGroup, -kInfinity);
+  std::fill_n(unit.floor, kMaxGroup, -kInfinity);
+  for (const Partial& partial : unit.partials) {
+    for (int h = 0; h < unit.queries.num; ++h) unit.best[h] = std::max(unit.best[h], partial.top[h]);
+  }
+  std::int64_t num_visible = 0;
+  for (const Scan& scan : unit.scans) {
+    num_visible += scan.end - scan.begin;
+  }
+  if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
+  for (int h = 0; h < unit.queries.num; ++h) {
+    std::vector<float> scores = probe(unit, h, wanted);
+    unit.num_probed += static_cast<std::int64_t>(scores.size());
+    for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
+    unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
+    if (k > 0 || budget.rest <= 0.0f || !may_draw) continue;
+    float known = 0.0f;
+    for (const float score : scores) known += std::exp(scale * (score - unit.best[h]));
+    for (const Partial& partial : unit.partials) {
+      if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale * (partial.top[h] - unit.best[h]));
+    }
+    look_around(unit, h, known, budget, scale);
+  }
+}
+
+}  // namespace retrieval

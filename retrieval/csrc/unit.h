@@ -1,0 +1,109 @@
+// What a search works on: one KV head of one sequence, the parts it looks at and what it has found so far.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "attend.h"
+#include "codes.h"
+
+namespace retrieval {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr int kTileKeys = 256;             // keys whose scores are held at once
+inline constexpr int kBlockKeys = 8 * kGroupKeys; // keys per entry of tops
+inline constexpr int kBlocksPerChunk = kChunkKeys / kBlockKeys;
+
+// Softmax over some keys, not yet divided: sum of exp(scale * (s - top)) and the values weighted with it.
+struct Partial {
+  float top[kMaxGroup];
+  float sum[kMaxGroup];
+  float* acc;  // [num][head_dim]
+};
+
+struct Candidate {
+  std::int32_t position;
+  float slack;     // largest distance of its bound above the floor of a head; infinite if drawn
+  float inverse;   // one over the chance that it was drawn; 1 if it passed a floor
+
+  bool is_drawn() const { return slack == kInfinity; }
+};
+
+// One searched part, seen by one unit.
+struct Scan {
+  const Part* part;
+  const HeadCodes* codes;
+  std::int64_t begin, end;  // searched through the codes
+  std::int64_t listed_end;  // candidates without a search: [end, listed_end)
+  std::int64_t first_chunk, num_chunks;
+  CodeQuery query;
+  std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
+  std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
+  std::vector<std::vector<Candidate>> found;  // by chunk task
+  std::vector<std::int32_t> positions;        // all found, ascending
+  std::vector<float> inverses;                // Candidate::inverse of each
+  float* scores = nullptr;                    // [num][positions.size()]
+
+  std::int64_t stride() const { return num_chunks * kChunkKeys; }
+  std::int64_t tops_stride() const { return num_chunks * kBlocksPerChunk; }
+  const CodeChunk& chunk(std::int64_t i) const { return *codes->chunks[static_cast<std::size_t>(first_chunk + i)]; }
+  float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).unit; }
+
+  std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
+
+  // How bounds of chunk i become weights relative to a key of score `best`.
+  Weigher weigher(std::int64_t i, int h, float scale, float best) const {
+    const float unit = scale * kLog2E;
+    return {unit * (query.base[h] - best), unit * bound_unit(i, h), unit * query.lift[h] * chunk(i).unit / 32768.0f};
+  }
+
+  // Integer bounds of chunk i that reach `floor` are those >= the result; above 32767: none does.
+  int threshold(std::int64_t i, int h, float floor) const {
+    const float unit = bound_unit(i, h), distance = floor - query.base[h];
+    if (unit <= 0.0f) return distance <= 0.0f ? -32768 : 32768;
+    return static_cast<int>(std::clamp(std::floor(distance / unit) - 1.0f, -32768.0f, 32768.0f));
+  }
+};
+
+// Query heads of one KV head and sequence, at most kMaxGroup.
+struct Unit {
+  int kv_head = 0;
+  std::int64_t first_row = 0;  // of out and lse
+  Queries queries;
+  std::vector<const Part*> exact;
+  std::vector<Scan> scans;
+  std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
+  float best[kMaxGroup];   // best exact score known
+  float floor[kMaxGroup];  // scores below do not matter
+  float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
+  bool draws_any = false;
+  std::int64_t num_probed = 0;
+};
+
+// Where one task works: chunks or positions [begin, end) of a run, result in partials[slot].
+struct Task {
+  std::size_t unit, run, slot;
+  std::int64_t begin, end;
+};
+
+template <typename Visit>
+void for_each_bit(std::uint64_t mask, Visit visit) {
+  while (mask != 0) {
+    visit(__builtin_ctzll(mask));
+    mask &= mask - 1;
+  }
+}
+
+// Bits of keys [64 g, 64 g + 64) that lie in [begin, end).
+inline std::uint64_t range_mask(std::int64_t first, std::int64_t begin, std::int64_t end) {
+  std::uint64_t mask = ~std::uint64_t{0};
+  if (begin > first) mask &= begin - first >= 64 ? 0 : ~std::uint64_t{0} << (begin - first);
+  if (end < first + 64) mask &= end <= first ? 0 : ~std::uint64_t{0} >> (first + 64 - end);
+  return mask;
+}
+
+}  // namespace retrieval
