@@ -26,6 +26,7 @@ def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_template_kwargs)]
 
 
@@ -53,6 +54,7 @@ class ChatMessage(WireRequest):
     tool_call_id: Text | None = None
     tool_calls: list[ToolCall] | None = None
     reasoning_content: Text | None = None
+    provider_specific_fields: JsonObject | None = None  # LiteLLM sends back what it noted of an answer; not used
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
