@@ -93,6 +93,7 @@ class SessionRegistry:
             session.token_ids, session.path_digests = kept, ()
             if session.pinned_until is not None:
                 self._hold(session, self._paths.find(session))
+        session.seen_state = self._paths.state(session)
         self._reported_at = -math.inf
 
     def _kept(self, session: Session, token_ids: TokenIds) -> TokenIds:
