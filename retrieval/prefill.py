@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retrieval import native
 from retrieval.context import Context, Run
+from retrieval.geometry import Geometry
 from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_block, attend_grouped, attend_masked
 
@@ -44,6 +45,13 @@ def usable_core(queries: Tensor, context: Context) -> Any | None:
         return None
     core = native.core()
     return core if core is not None and core.can_attend_chunk() else None
+
+
+def has_own_threads(geometry: Geometry) -> bool:
+    """Whether the core attends the chunks of a model on this CPU, whatever torch's number of threads."""
+    core = native.core()
+    is_fit = geometry.dtype == geometry.kv_dtype == torch.bfloat16 and geometry.head_dim % 8 == 0
+    return is_fit and core is not None and bool(core.can_attend_chunk())
 
 
 def attend_chunk_native(

@@ -36,6 +36,7 @@ def serve(settings: Settings) -> int:
     level = "DEBUG" if settings.uvicorn_log_level == "trace" else settings.uvicorn_log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limit_kernel_caches()
+    limit_spinning()
     memory.limit_arenas()
     from server.run import run  # torch and transformers take seconds to import, which --help need not wait for
 
@@ -49,6 +50,12 @@ def limit_kernel_caches(num_shapes: int = 32) -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(num_shapes))
+
+
+def limit_spinning(num_turns: int = 1000) -> None:
+    """Let torch's threads sleep soon when they wait for each other, instead of holding a core for milliseconds that
+    the event loop, the native threads or other processes need; on two busy cores that costs ten times the work."""
+    os.environ.setdefault("GOMP_SPINCOUNT", str(num_turns))
 
 
 if __name__ == "__main__":

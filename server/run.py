@@ -42,6 +42,7 @@ def run(settings: Settings) -> int:
     gc.collect()
     memory.trim()
     metrics.process_base(memory.resident_bytes())
+    gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
     engine.start()
     app = create_app(settings, engine, tokenizer, metrics)
     server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_timeout)

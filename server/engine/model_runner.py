@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from retrieval import adapter
+from retrieval import adapter, prefill
 from retrieval.adapter import read_geometry
 from retrieval.attention import DecodeReport, Span, Step
 from retrieval.context import Context
@@ -28,7 +28,8 @@ from server.engine.fused_model import fuse
 
 logger = logging.getLogger(__name__)
 
-SMALL_STEP = 64_000_000  # tokens times parameters: about 10 ms of one core's products
+SMALL_STEP = 64_000_000  # tokens times parameters: about 10 ms of one core's products, a few tokens at a time
+SMALL_CHUNK = 1_500_000_000  # the same for a prefill, which reads each weight once for many tokens
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -76,6 +77,7 @@ class ModelRunner:
         self._model = model.eval()
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._num_threads = torch.get_num_threads()
+        self._chunks_are_apart = prefill.has_own_threads(self.geometry)
         self._fused = None if config.enforce_eager else fuse(self._model, self.geometry)
         self.vocab_size = int(self.hf_config.get_text_config(decoder=True).vocab_size)
         self.max_position = int(getattr(self.hf_config.get_text_config(decoder=True), "max_position_embeddings", 0))
@@ -95,7 +97,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
         """One packed forward pass, decodes first; commits every context when it has succeeded."""
-        self._set_threads(sum(len(item.tokens) for item in work))
+        self._set_threads(work)
         decodes: list[Span] = []
         prefills: list[Span] = []
         row = 0
@@ -114,12 +116,15 @@ class ModelRunner:
         stats = report.stats
         return StepResult(logits, report.seconds, stats.num_visible, stats.num_scored, stats.num_retrieved)
 
-    def _set_threads(self, num_tokens: int) -> None:
+    def _set_threads(self, work: list[Work]) -> None:
         """One thread for a small step of a small model: its products take less than waking a second thread, which
-        on a busy machine may even wait for a time slice. Not where torch attends too: long contexts need them all."""
-        is_apart = self.device.type == "cpu" and self._decoder.has_own_threads
-        is_small = is_apart and num_tokens * self.num_parameters <= SMALL_STEP
-        wanted = 1 if is_small else self._num_threads
+        on a busy machine even waits for a time slice. Not where torch attends too: long contexts need them all."""
+        num_tokens = sum(len(item.tokens) for item in work)
+        is_decode = all(item.is_decode for item in work)
+        is_apart = self._decoder.has_own_threads and (is_decode or self._chunks_are_apart)
+        limit = SMALL_STEP if is_decode else SMALL_CHUNK
+        is_small = num_tokens * self.num_parameters <= limit
+        wanted = 1 if self.device.type == "cpu" and is_apart and is_small else self._num_threads
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
