@@ -147,6 +147,14 @@ class TensorFileReader:
         if xxhash.xxh3_128_hexdigest(out) != self._digests[name][block]:
             raise self.damaged(f"a checksum of its tensor {name} does not match")
 
+    def verify(self) -> None:
+        """Read and check every block; raises on the first that is not what was written."""
+        for name in self._tensors:
+            num_blocks = max(1, len(self._digests[name]))
+            out = memoryview(bytearray(self.num_bytes(name) // num_blocks))
+            for block in range(num_blocks):
+                self.read_block(name, block, out)
+
     def _exactly(self, count: int) -> bytes:
         out = bytearray(count)
         try:

@@ -15,7 +15,7 @@ from retrieval import tensor_file
 from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
 from retrieval.segment_file import PrefixDigests, SegmentRecord, read_record, read_segment, write_segment
-from retrieval.tensor_file import TensorFileError
+from retrieval.tensor_file import TensorFileError, TensorFileReader
 
 GEOMETRIES = {
     "bfloat16": Geometry(2, 4, 2, 8, torch.bfloat16, (None, None)),
@@ -82,6 +82,18 @@ def test_another_model_and_another_format_are_told_apart_from_damage(
     with pytest.raises(TensorFileError) as caught:
         read_segment(tmp_path / "nothing", "model", geometry)
     assert caught.value.reason == "unreadable"
+
+
+def test_a_file_is_verified_without_knowing_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "segment"
+    write_segment(path, make_record(), make_kv(GEOMETRIES["int8"], 20), "model")
+    with TensorFileReader(path) as file:
+        file.verify()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with TensorFileReader(path) as file, pytest.raises(TensorFileError, match="checksum"):
+        file.verify()
 
 
 @pytest.mark.parametrize("kind", GEOMETRIES)
