@@ -169,6 +169,9 @@ class Settings(BaseSettings):
     kv_disk_path: str | None = None
     """Directory where keys, values and indexes outlive memory and the process, for one server at a time; none: they
     are kept in memory only. Files hold what prompts said: they are readable by this user alone."""
+    max_sessions: int = Field(1024, ge=1)
+    """Named sessions that are neither pinned nor saved, beyond which the longest unused name is forgotten (not its
+    cache); as many may be pinned, and as many saved. Each holds 4 bytes a token."""
     prefix_caching: bool = True
     """Reuse what was read before when a prompt starts with the same tokens."""
     num_threads: int = Field(0, ge=0)

@@ -27,4 +27,4 @@ SESSION_ERRORS: dict[int | str, dict[str, Any]] = ERRORS | {
 ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": AnthropicErrorEnvelope, "description": reason} for status, reason in _REASONS.items()
 }
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}  # a schema would be of one event, not of the stream

@@ -71,7 +71,8 @@ def build_engine(config: EngineConfig, recorder: Recorder) -> Engine:
         disk=disk,
     )
     records = SessionRecords(disk.folder / "sessions", disk.model) if disk is not None else None
-    return Engine(config, runner, manager, SessionRegistry(manager, recorder, records=records), recorder)
+    sessions = SessionRegistry(manager, recorder, max_sessions=config.max_sessions, records=records)
+    return Engine(config, runner, manager, sessions, recorder)
 
 
 def open_disk_tier(

@@ -39,5 +39,6 @@ class EngineConfig:
     kv_host_memory: int = 0  # bytes for K, V and indexes in host memory; 0: from the machine
     kv_disk: int = 0  # bytes for them on disk; 0: half of what is free there
     kv_disk_path: str | None = None  # directory; None: nothing is kept on disk
+    max_sessions: int = 1024  # names known at once that are neither pinned nor saved
     prefix_caching: bool = True  # reuse segments between requests
     num_threads: int = 0  # compute threads; 0: physical cores
