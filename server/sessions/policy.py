@@ -3,10 +3,12 @@
 Cost-aware: what goes first is what costs the fewest seconds to get back per byte freed, weighed by how likely it is to
 be wanted again: by how often it was found and how long it lay idle. A segment's index may go by itself, before its
 keys and values, where that frees bytes more cheaply. Leaves go before the segments they continue.
+`scripts/bench/policy.py` compares it with LRU and with knowing the future.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +41,8 @@ class Candidate:
         return self._weight() * self.index_seconds / max(1, self.index_bytes)
 
     def _weight(self) -> float:
-        return (1.0 + self.num_hits) / (1.0 + self.idle_seconds)
+        """How likely it is to be wanted soon. The logarithm: plain counts keep the beginnings of chats long over."""
+        return (1.0 + math.log2(1.0 + self.num_hits)) / (1.0 + self.idle_seconds)
 
 
 @dataclass(frozen=True, slots=True)

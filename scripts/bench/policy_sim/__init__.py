@@ -1,0 +1,1 @@
+"""Traces of requests and a cache under them, for comparing eviction policies."""
