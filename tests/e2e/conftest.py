@@ -55,7 +55,7 @@ def wait_until_healthy(server: ServerProcess, limit_seconds: float = 120.0) -> N
     raise AssertionError(f"the server is not up: {server.log.read_text()[-2000:]}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
     """Starts a server with more flags; all are stopped at the end."""
     servers: list[ServerProcess] = []
@@ -74,9 +74,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         server.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
-    """One server for a module's tests."""
+    """One server for all tests that need no other."""
     return start_server()
 
 

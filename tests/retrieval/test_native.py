@@ -415,7 +415,9 @@ def test_two_threads_attend_while_a_third_appends() -> None:
     def search() -> None:
         try:
             while not is_done.is_set():
-                torch.testing.assert_close(attend(queries, [[part]], beta=14.0, rest=0.0)[0], expected, rtol=0, atol=2e-3)
+                torch.testing.assert_close(
+                    attend(queries, [[part]], beta=14.0, rest=0.0)[0], expected, rtol=0, atol=2e-3
+                )
         except BaseException as error:
             errors.append(error)
 

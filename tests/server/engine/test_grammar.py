@@ -19,39 +19,7 @@ from server.engine.grammar import GrammarCompiler, GrammarSpec
 from server.engine.request import Request, SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequestError
-
-SCALARS: list[dict[str, Any]] = [
-    {"type": "string", "maxLength": 5},
-    {"type": "string", "enum": ["red", "grün", 'a"b']},
-    {"type": "integer", "minimum": -5, "maximum": 300},
-    {"type": "number", "minimum": 0, "maximum": 1},
-    {"type": "boolean"},
-    {"type": "null"},
-    {"const": 7},
-    {"type": "string", "pattern": "^[a-c]{1,3}$"},
-    {"type": "string", "format": "date"},
-]
-
-
-def _objects(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    def make(properties: dict[str, dict[str, Any]], num_required: int) -> dict[str, Any]:
-        required = list(properties)[:num_required]
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-    return st.builds(make, st.dictionaries(st.sampled_from("abcd"), values, min_size=1), st.integers(0, 4))
-
-
-def _arrays(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.builds(lambda item, most: {"type": "array", "items": item, "maxItems": most}, values, st.integers(0, 3))
-
-
-def _either(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.builds(lambda options: {"anyOf": options}, st.lists(values, min_size=1, max_size=3))
-
-
-SCHEMAS = st.recursive(
-    st.sampled_from(SCALARS), lambda inner: st.one_of(_objects(inner), _arrays(inner), _either(inner)), max_leaves=8
-)
+from tests.schemas import SCHEMAS
 
 
 def draw(constraint: LogitsConstraint, tokenizer: Tokenizer, rng: random.Random, most: int = 2000) -> str:
@@ -83,7 +51,7 @@ def test_finished_json_validates_against_its_schema(
     compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
 ) -> None:
     text = draw(make(compiler, "json_schema", schema), tokenizer, random.Random(seed))
-    jsonschema.validate(json.loads(text), schema)
+    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
 
 
 def test_choice_is_one_of_the_texts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
