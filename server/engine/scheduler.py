@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import exp, log
 
 from server.engine.sequence import Sequence
 
@@ -28,15 +29,22 @@ class Chunk:
 
 
 class StepCost:
-    """Learns seconds = fixed + per_token * n + per_pair * n * (position + n / 2) from the steps that ran.
+    """Learns seconds = drift * (per_token * n + per_pair * n * (position + n / 2)) from the steps that ran.
 
-    Least squares with forgetting over the two prefill terms, so that it follows a busy machine.
+    The two terms come from least squares of relative errors with forgetting: a small chunk tells as much as a large
+    one. Small chunks cost more per token than large ones, and a busy machine changes from one moment to the next;
+    `drift`, which follows the last few steps, makes up for both before the terms have been learned anew.
     """
 
-    def __init__(self, forgetting: float = 0.9) -> None:
+    DRIFT_GAIN = 0.3
+    MAX_DRIFT = 2.0
+    MIN_SECONDS = 1e-6
+
+    def __init__(self, forgetting: float = 0.95) -> None:
         self._forgetting = forgetting
-        self._xx, self._xy, self._yy = 1e-6, 0.0, 1e-6  # normal matrix of features (n, pairs in millions)
+        self._xx, self._xy, self._yy = 1e-6, 0.0, 1e-6  # normal matrix of features (n, pairs in millions) per second
         self._xt, self._yt = 1e-10, 1e-10
+        self._log_drift = 0.0
         self.decode_seconds = 0.0  # moving mean of a step without prefill
 
     def observe(self, seconds: float, chunks: list[Chunk], positions: list[int]) -> None:
@@ -45,16 +53,30 @@ class StepCost:
         if not prefills:
             self.decode_seconds += 0.1 * (seconds - self.decode_seconds)
             return
-        if len(prefills) < len(chunks):
-            seconds = max(0.0, seconds - self.decode_seconds)
-        x = float(sum(n for n, _ in prefills))
-        y = sum(n * (p + n / 2) for n, p in prefills) / 1e6
+        if len(prefills) < len(chunks):  # at least a tenth was the prefill's, however slow decoding seemed lately
+            seconds = max(0.1 * seconds, seconds - self.decode_seconds)
+        seconds = max(seconds, self.MIN_SECONDS)
+        x = sum(n for n, _ in prefills) / seconds
+        y = sum(n * (p + n / 2) for n, p in prefills) / 1e6 / seconds
+        per_token, per_pair = self._terms()
+        self._follow(per_token * x + per_pair * y)
         keep = self._forgetting
         self._xx, self._xy, self._yy = keep * self._xx + x * x, keep * self._xy + x * y, keep * self._yy + y * y
-        self._xt, self._yt = keep * self._xt + x * seconds, keep * self._yt + y * seconds
+        self._xt, self._yt = keep * self._xt + x, keep * self._yt + y
+
+    def _follow(self, expected_share: float) -> None:
+        """Move the drift towards what the last step says: its expected over its actual seconds."""
+        limit = log(self.MAX_DRIFT)
+        last = min(limit, max(-limit, -log(max(expected_share, 1e-9))))
+        self._log_drift += self.DRIFT_GAIN * (last - self._log_drift)
 
     def coefficients(self) -> tuple[float, float]:
         """Seconds per token, and per million (query, key) pairs; neither negative."""
+        per_token, per_pair = self._terms()
+        drift = exp(self._log_drift)
+        return drift * per_token, drift * per_pair
+
+    def _terms(self) -> tuple[float, float]:
         determinant = self._xx * self._yy - self._xy * self._xy
         if determinant > 1e-9 * self._xx * self._yy:
             per_token = (self._xt * self._yy - self._yt * self._xy) / determinant
