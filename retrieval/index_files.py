@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ class IndexFiles:
 
     def write(self, path: Path, digest: bytes, index: SegmentIndex) -> int:
         """Write a segment's index; returns the file's bytes. `digest` is the segment's."""
-        heads = self._pack_codes(index) if isinstance(index, CodesIndex) else self._pack_heads(index, path.parent)
-        tensors = [TensorSource(name, "U8", (len(data),), len(data), [[data]]) for name, data in heads.items()]
+        if isinstance(index, CodesIndex):
+            tensors = _sources_of_codes(index.layers)
+        else:
+            heads = self._pack_heads(index, path.parent)
+            tensors = [_source(name, len(data), [data]) for name, data in heads.items()]
         return write_tensor_file(path, {"index": self._identity(), "segment": digest.hex()}, tensors)
 
     def read(self, path: Path, digest: bytes, start: int, kv: KvBuffer) -> SegmentIndex | None:
@@ -52,9 +56,6 @@ class IndexFiles:
         said = {"kind": self.kind, "options": self.options, "num_sink_tokens": self.num_sink_tokens, "codes": codes}
         identity: dict[str, Any] = json.loads(json.dumps(said))  # as it comes back from a file
         return identity
-
-    def _pack_codes(self, index: CodesIndex) -> dict[str, bytes]:
-        return {str(layer_idx): codes.save() for layer_idx, codes in enumerate(index.layers)}
 
     def _load_codes(self, file: TensorFileReader, begin: int, kv: KvBuffer) -> SegmentIndex:
         assert self.codes is not None
@@ -90,6 +91,16 @@ class IndexFiles:
                     one.write_bytes(_read(file, f"{layer_idx}.{kv_head}"))
                     layers[-1].append(kind.load(one, keys[kv_head]))
         return HeadIndexes(begin, layers)
+
+
+def _source(name: str, num_bytes: int, pieces: Iterable[bytes]) -> TensorSource:
+    return TensorSource(name, "U8", (num_bytes,), num_bytes, 1, (pieces,))
+
+
+def _sources_of_codes(layers: list[Any]) -> list[TensorSource]:
+    """Layers of as many keys take as many bytes, so that all but the first are packed only when they are written."""
+    num_bytes = len(layers[0].save())
+    return [_source(str(i), num_bytes, (codes.save() for codes in [layer])) for i, layer in enumerate(layers)]
 
 
 def _read(file: TensorFileReader, name: str) -> bytes:

@@ -72,7 +72,7 @@ def _contents(record: SegmentRecord, kv: KvBuffer, model: str) -> tuple[dict[str
         "above": record.above.hex(),
     }
     ids = np.ascontiguousarray(record.token_ids, dtype="<i4")
-    tokens = TensorSource("token_ids", "I32", ids.shape, ids.nbytes, [[ids.data.cast("B")]])
+    tokens = TensorSource("token_ids", "I32", ids.shape, ids.nbytes, 1, [[ids.data.cast("B")]])
     sources = [_source(name, tensor, len(ids)) for name, tensor in _named(kv)]
     return description, [tokens, *sources]
 
@@ -121,7 +121,7 @@ def _source(name: str, tensor: Tensor, num_tokens: int) -> TensorSource:
     shape = (*tensor.shape[:2], num_tokens, *tensor.shape[3:])
     num_bytes = int(np.prod(shape)) * tensor.itemsize
     blocks = [[_bytes_of(head[:num_tokens]) for head in layer] for layer in tensor]
-    return TensorSource(name, DTYPE_NAMES[tensor.dtype], shape, num_bytes, blocks)
+    return TensorSource(name, DTYPE_NAMES[tensor.dtype], shape, num_bytes, len(blocks), blocks)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

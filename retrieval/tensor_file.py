@@ -37,23 +37,25 @@ class TensorFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor to write: its blocks, each in pieces; every block gets a checksum of its own."""
+    """A tensor to write: its blocks, each in pieces, taken once; every block gets a checksum of its own."""
 
     name: str
     dtype: str  # as safetensors names it: BF16, I8, ...
     shape: tuple[int, ...]
     num_bytes: int
-    blocks: Sequence[Sequence[Buffer]]
+    num_blocks: int
+    blocks: Iterable[Iterable[Buffer]]
 
 
 def write_tensor_file(path: Path, description: dict[str, Any], tensors: Sequence[TensorSource]) -> int:
     """Write a file and wait until it is on the disk; returns its bytes. What is there already is replaced."""
-    digests = {tensor.name: [NO_DIGEST] * len(tensor.blocks) for tensor in tensors}
+    digests = {tensor.name: [NO_DIGEST] * tensor.num_blocks for tensor in tensors}
     header_bytes = len(_header(description, tensors, digests))
     with os.fdopen(_open_private(path), "wb", buffering=0) as file:
         file.seek(8 + header_bytes)  # the header comes last: the digests are known then
         for tensor in tensors:
             digests[tensor.name] = [_write_block(file, block) for block in tensor.blocks]
+            assert len(digests[tensor.name]) == tensor.num_blocks
         header = _header(description, tensors, digests)
         assert len(header) == header_bytes
         file.seek(0)
@@ -64,7 +66,7 @@ def write_tensor_file(path: Path, description: dict[str, Any], tensors: Sequence
 
 def count_bytes(description: dict[str, Any], tensors: Sequence[TensorSource]) -> int:
     """Bytes of the file that `write_tensor_file` would write."""
-    digests = {tensor.name: [NO_DIGEST] * len(tensor.blocks) for tensor in tensors}
+    digests = {tensor.name: [NO_DIGEST] * tensor.num_blocks for tensor in tensors}
     return 8 + len(_header(description, tensors, digests)) + sum(tensor.num_bytes for tensor in tensors)
 
 

@@ -44,6 +44,7 @@ class _Load:
     salt: str
     hold: PathHold
     num_bytes: int  # reserved
+    kv_bytes: int
     result: Future[list[Stored]]
 
 
@@ -88,6 +89,11 @@ class DiskTier:
         return sum(
             _bytes(s.segment) for s in self._saves.values() if self._store.get(s.segment.digest) is not s.segment
         )
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes that reads fill, or have filled, before `settle` makes segments of them; at most, and reserved."""
+        return sum(load.kv_bytes for load in self._loads)
 
     # --- writing --------------------------------------------------------------------------------------
 
@@ -160,7 +166,8 @@ class DiskTier:
         digests = tuple(entry.record.digest for entry in entries)
         hold = PathHold(self._store, self._store.longest_prefix(token_ids, salt))
         future = self._reader.submit(self._read, digests)
-        self._loads.append(_Load(digests, token_ids, salt, hold, num_bytes, future))
+        kv_bytes = sum(entry.kv_bytes for entry in entries)
+        self._loads.append(_Load(digests, token_ids, salt, hold, num_bytes, kv_bytes, future))
 
     def _read(self, digests: tuple[bytes, ...]) -> list[Stored]:
         """On the reader's thread: as many as are good."""
