@@ -247,9 +247,7 @@ class SessionManager:
         chain = self._tier.disk.longer_than(0, token_ids, salt) if self._tier is not None else []
         return sum(num_matched for _, num_matched in chain)
 
-    def give_up(
-        self, token_ids: TokenIds, salt: str, others: Iterable[tuple[TokenIds, str]], *, deletes: bool
-    ) -> int:
+    def give_up(self, token_ids: TokenIds, salt: str, others: Iterable[tuple[TokenIds, str]], *, deletes: bool) -> int:
         """Undo the `persist` of a context, but for what `others` (token ids, salt) need.
 
         Its files are deleted at once, or left to the quota. Returns the bytes freed.
@@ -335,7 +333,8 @@ class SessionManager:
     def background_bytes(self) -> int:
         """Bytes of what background threads are making; reserved, and no segment's yet."""
         builders = (part for part in (self._builder, self._compactor) if part is not None)
-        return sum(part.staging_bytes for part in builders)
+        loading = self._tier.loading_bytes if self._tier is not None else 0
+        return loading + sum(part.staging_bytes for part in builders)
 
     @property
     def disk_stats(self) -> DiskStats:
