@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,31 @@ def trim() -> None:
     libc = _libc()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+class Trimmer:
+    """A thread that trims the heaps when the process has grown; one with nothing to do only reads a number."""
+
+    def __init__(self, interval_seconds: float = 0.5, growth_bytes: int = 1 << 20) -> None:
+        self._interval, self._growth = interval_seconds, growth_bytes
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trimmer", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        trimmed_bytes = resident_bytes()
+        while not self._ended.wait(self._interval):
+            if resident_bytes() > trimmed_bytes + self._growth:
+                trim()
+            trimmed_bytes = resident_bytes()
 
 
 def _libc() -> Any:

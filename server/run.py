@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import socket
+import time
 
 import uvicorn
 
@@ -15,11 +16,13 @@ from server.api.face import EngineFace
 from server.app import create_app
 from server.config import Settings
 from server.engine.build import build_engine
+from server.engine.engine import Engine
 from server.engine.tokenizer import Tokenizer
 from server.metrics import Metrics
 
 logger = logging.getLogger("server")
 
+WARM_WORDS = 8192  # of text encoded before the first request
 DEAD_ENGINE_SECONDS = 5.0  # /health answers 503 for so long before the process ends: probes notice first
 
 
@@ -38,17 +41,18 @@ def run(settings: Settings) -> int:
     except (OSError, ValueError) as error:
         logger.error("cannot load %s: %s", engine_config.model, error)
         return 1
-    engine.warm_up()
-    gc.collect()
-    memory.trim()
+    engine.start()
+    asyncio.run(_warm_up(engine, tokenizer))
     metrics.process_base(memory.resident_bytes())
     gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
-    engine.start()
+    trimmer = memory.Trimmer()
+    trimmer.start()
     app = create_app(settings, engine, tokenizer, metrics)
     server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_timeout)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has drained
         signal.signal(number, lambda *_: None)
     server.run()
+    trimmer.close()
     tokenizer.close()
     return server.exit_code
 
@@ -81,6 +85,18 @@ class DrainingServer(uvicorn.Server):
             logger.critical("the engine is dead; ending in %g seconds", DEAD_ENGINE_SECONDS)
             self._dead_since, self.exit_code = now, 1
         return now - self._dead_since >= DEAD_ENGINE_SECONDS
+
+
+async def _warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
+    """What is resident afterwards is the process' base; a failure here is one that requests will show."""
+    started = time.perf_counter()
+    try:
+        await engine.warm_up()
+        await tokenizer.encode("warm " * WARM_WORDS)
+    except Exception:
+        logger.exception("warming up failed")
+    gc.collect()
+    logger.info("warmed up in %.1f s", time.perf_counter() - started)
 
 
 def _uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:

@@ -92,10 +92,6 @@ class Engine:
 
     # --- event loop -----------------------------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """Run every kind of step once; before `start`."""
-        warm_up(self.config, self._runner, self._manager)
-
     def start(self) -> None:
         """Start the engine thread."""
         self._worker.report()
@@ -124,6 +120,10 @@ class Engine:
             self._inbox.append(Sequence(state, 0, list(request.prompt_token_ids)))
             self._wake.notify()
         return stream
+
+    async def warm_up(self) -> None:
+        """Run every kind of step once, on the thread that runs them: some caches are a thread's own."""
+        await self.between_steps(lambda: warm_up(self.config, self._runner, self._manager))
 
     async def between_steps(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the engine thread between two steps; returns or raises what it does."""

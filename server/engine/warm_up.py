@@ -17,6 +17,7 @@ from server.sessions.manager import SessionManager
 MAX_PRODUCTS = 2e11  # tokens times parameters: seconds on a few cores
 NUM_CHUNKS = 4  # so many that what is read is sealed with an index and searched
 NUM_DECODES = 4
+NUM_SHAPES = 40  # steps of fewer rows are all run once
 
 
 def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) -> None:
@@ -36,6 +37,17 @@ def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) 
     finally:
         context.close()
     manager.store.remove(sealed)
+    for num_rows in range(NUM_DECODES, min(NUM_SHAPES, longest)):
+        _run_alone(runner, manager, tokens[:num_rows])
+
+
+def _run_alone(runner: ModelRunner, manager: SessionManager, tokens: list[int]) -> None:
+    """A step of so many rows: each number of rows has compiled products of its own, up to the bound on their cache."""
+    context = manager.open(tokens, "", len(tokens), reuse=False)
+    try:
+        runner.run([Work(context, tokens, is_decode=False, num_logits=1)])
+    finally:
+        context.close()
 
 
 def _read(runner: ModelRunner, context: Context, tokens: list[int], chunk: int) -> None:
