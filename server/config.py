@@ -11,9 +11,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -176,6 +176,12 @@ class Settings(BaseSettings):
     """Reuse what was read before when a prompt starts with the same tokens."""
     num_threads: int = Field(0, ge=0)
     """Compute threads; 0: one per physical core."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_place(self) -> Self:
+        if self.kv_disk and self.kv_disk_path is None:
+            raise ValueError("kv_disk is of no use without kv_disk_path (--kv-disk-path)")
+        return self
 
     @classmethod
     def settings_customise_sources(

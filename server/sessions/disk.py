@@ -272,6 +272,8 @@ class Disk:
     def read(self, digest: bytes) -> Stored | None:
         """A segment read and checked as a whole; None, and the entry is forgotten, if that cannot be."""
         path = self._files.path(digest, "segment")
+        if self.get(digest) is None:
+            return None  # the quota was faster
         try:
             record, kv = read_segment(path, self.model, self._geometry, self._pin_memory)
             if record.digest != digest:

@@ -59,7 +59,9 @@ class DiskTier:
         on_spilled: Callable[[Segment, bool], None],
         on_loaded: Callable[[Segment], None],
     ) -> None:
-        """release: gives a load's reservation back. on_spilled: a segment may leave memory; False: unsaved."""
+        """release: gives a reservation back, and says that memory is free. on_spilled: a segment may leave memory;
+        False: unsaved. on_loaded: one has come.
+        """
         self.disk, self._store = disk, store
         self._release, self._on_spilled, self._on_loaded = release, on_spilled, on_loaded
         self._saves: dict[bytes, _Save] = {}
@@ -71,7 +73,7 @@ class DiskTier:
     @property
     def num_pending(self) -> int:
         """Loads, and writes that memory waits for."""
-        return len(self._loads) + sum(save.is_spill for save in self._saves.values())
+        return len(self._loads) + sum(save.is_spill or self._is_staged(save) for save in self._saves.values())
 
     @property
     def is_busy(self) -> bool:
@@ -86,9 +88,10 @@ class DiskTier:
     @property
     def staging_bytes(self) -> int:
         """Bytes that only a write still holds: their segments have been merged or forgotten meanwhile."""
-        return sum(
-            _bytes(s.segment) for s in self._saves.values() if self._store.get(s.segment.digest) is not s.segment
-        )
+        return sum(_bytes(save.segment) for save in self._saves.values() if self._is_staged(save))
+
+    def _is_staged(self, save: _Save) -> bool:
+        return self._store.get(save.segment.digest) is not save.segment
 
     @property
     def loading_bytes(self) -> int:
@@ -209,15 +212,18 @@ class DiskTier:
             load.hold.release()
             self._release(load.num_bytes)
         for digest, save in list(self._saves.items()):
-            is_wanted = save.is_kept or self._store.get(digest) is save.segment
-            if not is_wanted and save.result.cancel():
+            is_staged = self._is_staged(save)
+            if is_staged and not save.is_kept and save.result.cancel():
                 del self._saves[digest]
+                self._release(0)
             elif save.result.done():
                 del self._saves[digest]
                 if save.is_kept:
                     self.disk.keep(digest, True)
                 if save.is_spill:
                     self._on_spilled(save.segment, save.result.result())
+                elif is_staged:
+                    self._release(0)
 
     def close(self) -> None:
         """Write what is not on disk yet, while there is time, and let the directory go. Idempotent; no engine runs."""

@@ -72,6 +72,13 @@ def test_sizes_take_units() -> None:
     assert load(["--kv-host-memory", "8GiB"]).engine_config().kv_host_memory == 8 * 2**30
 
 
+def test_disk_space_needs_a_place() -> None:
+    config = load(["--kv-disk", "1GiB", "--kv-disk-path", "/cache"]).engine_config()
+    assert (config.kv_disk, config.kv_disk_path) == (2**30, "/cache")
+    with pytest.raises(ValueError, match="--kv-disk-path"):
+        load(["--kv-disk", "1GiB"])
+
+
 def test_keys_add_up_over_flags_and_commas_and_are_not_printed() -> None:
     settings = load(["--api-key", "alpha", "--api-key", "beta,gamma"])
     assert settings.api_keys == ("alpha", "beta", "gamma")
