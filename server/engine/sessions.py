@@ -9,7 +9,7 @@ from typing import Any
 from server.engine.session_info import SessionInfo, SessionKey, SessionList
 from server.sessions.registry import SessionRegistry
 
-SAVE_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02  # while a thread reads or writes
 
 
 class EngineSessions:
@@ -33,19 +33,27 @@ class EngineSessions:
 
     async def pin(self, key: SessionKey, ttl_seconds: float | None) -> SessionInfo:
         """Keep it in memory for so long; None: until unpinned, 0: no longer."""
+        if ttl_seconds != 0:
+            await self._read_back(key)
         return await self._info(lambda: self._registry.pin(key, ttl_seconds))
 
     async def save(self, key: SessionKey) -> SessionInfo:
         """Keep it on disk; returns when it is there."""
+        await self._read_back(key)
         await self._run(lambda: self._registry.begin_save(key))
         while (info := await self._run(lambda: self._registry.end_save(key))) is None:  # noqa: ASYNC110 - on a thread
-            await asyncio.sleep(SAVE_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         saved: SessionInfo = info
         return saved
 
     async def restore(self, key: SessionKey) -> SessionInfo:
-        """Bring it from disk into memory."""
+        """Bring it from disk into memory; others go on meanwhile."""
+        await self._read_back(key)
         return await self._info(lambda: self._registry.restore(key))
+
+    async def _read_back(self, key: SessionKey) -> None:
+        while not await self._run(lambda: self._registry.read_back(key)):  # noqa: ASYNC110 - read on a thread
+            await asyncio.sleep(POLL_SECONDS)
 
     async def fork(self, key: SessionKey, name: str) -> SessionInfo:
         """A new session over the same context."""

@@ -145,8 +145,12 @@ class SessionRegistry:
         self._manager.give_up(session.saved_token_ids, key.salt, contexts, deletes=True)
         return self._manager.discard(whole, needed)
 
+    def read_back(self, key: SessionKey) -> bool:
+        """Have its context read from disk into memory, where it must be; False: under way."""
+        return self._paths.read_back(self._known(key))
+
     def pin(self, key: SessionKey, ttl_seconds: float | None) -> SessionInfo:
-        """Keep its context in memory for so long (None: until unpinned, 0: no longer)."""
+        """Keep its context, which is in memory, there for so long (None: until unpinned, 0: no longer)."""
         session = self._known(key)
         if ttl_seconds == 0:
             self._unpin(session)
@@ -205,7 +209,7 @@ class SessionRegistry:
         self._manager.give_up(before, key.salt, saved, deletes=False)
 
     def restore(self, key: SessionKey) -> SessionInfo:
-        """Bring its context from disk into memory; nothing to do where it is there."""
+        """Its context is in memory, after `read_back`, and used. Raises `ConflictError` where it is not."""
         session = self._known(key)
         self._paths.complete(session, "restored")
         session.last_used = self._clock()

@@ -95,7 +95,7 @@ def describe(
         num_running=len(session.running),
         num_prefilled_tokens=_num_read(reading) if reading else 0,
         num_prompt_tokens=reading.num_prompt_tokens if reading else 0,
-        index_progress=_index_progress(segments),
+        index_progress=_index_progress(segments) if segments or not reading else 0.0,
         is_pinned=pinned_until is not None,
         pinned_until=None if pinned_until == math.inf else pinned_until,
         saved_at=session.saved_at,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from retrieval.segments import Path, PathEntry
 from server.engine.session_info import SessionState
-from server.errors import ConflictError
+from server.errors import ConflictError, MemoryExhaustedError
 from server.sessions.manager import SessionManager
 from server.sessions.session import Session
 
@@ -32,13 +32,8 @@ class SessionPaths:
         return tuple(PathEntry(segment, limit) for segment, limit in known if segment is not None)
 
     def complete(self, session: Session, purpose: str) -> Path:
-        """All of its context in memory, read from disk where it must be.
-
-        Raises `ConflictError` when part of it is lost, `MemoryExhaustedError` when there is no room.
-        """
+        """All of its context, in memory. Raises `ConflictError` when part of it is not there."""
         path = self.find(session)
-        if end_of(path) < len(session.token_ids):
-            path = self._manager.fetch(session.token_ids.tolist(), session.key.salt)
         if end_of(path) < len(session.token_ids):
             raise ConflictError(
                 f"session '{session.key.name}' cannot be {purpose}: {end_of(path)} of its {len(session.token_ids)} "
@@ -46,6 +41,21 @@ class SessionPaths:
                 code="session_evicted",
             )
         return path
+
+    def read_back(self, session: Session) -> bool:
+        """Have what disk holds of it read into memory; False: under way. Raises `MemoryExhaustedError`."""
+        if end_of(self.find(session)) >= len(session.token_ids):
+            return True
+        following = [*session.token_ids.tolist(), 0]  # the last token of a prompt is never looked for
+        if self._manager.prepare(following, session.key.salt, at_any_cost=True):
+            return True
+        if not self._manager.num_pending:
+            stats = self._manager.stats()
+            raise MemoryExhaustedError(
+                f"no memory to read the session from disk: {stats.kv_bytes + stats.index_bytes} bytes held and "
+                f"{stats.reserved_bytes} reserved of {stats.limit_bytes}"
+            )
+        return False
 
     def state(self, session: Session) -> SessionState:
         """What the session waits for, or where its context is."""
