@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 
-def default_host_budget(share: float = 0.6) -> int:
-    """Bytes: a share of the machine's memory, or of the cgroup's limit where that is lower."""
+def default_host_budget(share: float = 0.6, root: Path = Path("/")) -> int:
+    """Bytes: a share of the machine's memory, or of the lowest limit of the cgroups that this process is in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        text = path.read_text().strip() if path.is_file() else ""
+    return int(share * min([total, *_cgroup_limits(root)]))
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    """Memory limits from our own cgroup up to the top, of version 2 and 1; a container may see its own as the top."""
+    mount, own = root / "sys/fs/cgroup", root / "proc/self/cgroup"
+    names = [mount / "memory.max", mount / "memory/memory.limit_in_bytes"]
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (mount / "memory", "memory.limit_in_bytes") if controllers else (mount, "memory.max")
+        group = base / path.lstrip("/")
+        names += [parent / name for parent in (group, *group.parents) if parent.is_relative_to(base)]
+    for file in names:
+        text = file.read_text().strip() if file.is_file() else ""
         if text.isdigit():
-            total = min(total, int(text))
-    return int(share * total)
+            yield int(text)
 
 
 @dataclass(slots=True)

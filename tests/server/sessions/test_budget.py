@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from server.sessions.budget import Budget, default_host_budget
@@ -41,3 +44,27 @@ def test_the_default_is_a_share_of_the_machine() -> None:
     whole, half = default_host_budget(1.0), default_host_budget(0.5)
     assert 0 < half <= whole
     assert half == pytest.approx(whole / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("", {}, None),
+        ("0::/\n", {"memory.max": "1000"}, 600),
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/a/b\n", {"a/memory.max": "2000", "a/b/memory.max": "max"}, 1200),
+        ("3:cpu:/x\n4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "3000", "cpu/memory.max": "1"}, 1800),
+        ("4:cpu,memory:/gone\n", {"memory/memory.limit_in_bytes": "4000"}, 2400),
+    ],
+)
+def test_the_lowest_limit_of_our_cgroups_counts(
+    tmp_path: Path, own: str, limits: dict[str, str], expected: int | None
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(own)
+    for name, text in limits.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    machine = int(0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    assert default_host_budget(root=tmp_path) == (expected if expected is not None else machine)
