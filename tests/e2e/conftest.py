@@ -60,9 +60,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """Starts a server with more flags; all are stopped at the end."""
     servers: list[ServerProcess] = []
 
-    def start(*flags: str) -> ServerProcess:
+    def start(*flags: str, program: tuple[str, ...] = ("-m", "server")) -> ServerProcess:
         port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "server", "serve", "--port", str(port), *flags]
+        command = [sys.executable, *program, "serve", "--port", str(port), *flags]
         with log.open("wb") as out:
             process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         servers.append(ServerProcess(process, port, log))

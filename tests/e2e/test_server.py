@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import urllib.error
 import urllib.request
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 QUESTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
@@ -117,3 +118,36 @@ def test_termination_drains_streams_and_exits_with_zero(start_server):
     stopper.join()
     assert reasons == ["length"]
     assert codes == [0]
+
+
+DIES_AT_THE_FIFTH_TOKEN = """
+import sys
+from server.__main__ import main
+from server.engine.worker import Worker
+
+step = Worker.step
+
+def dying(self):
+    step(self)
+    if any(sequence.num_generated >= 5 for sequence in self.scheduler.running):
+        raise RuntimeError("planted")
+
+Worker.step = dying
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_dead_engine_ends_streams_turns_health_and_then_the_process(start_server):
+    server = start_server(program=("-c", DIES_AT_THE_FIFTH_TOKEN))
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=50, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    with pytest.raises(APIError) as ended:
+        list(stream)
+    assert "planted" not in str(ended.value)
+    with pytest.raises(urllib.error.HTTPError) as unhealthy:
+        urllib.request.urlopen(f"{server.url}/health")
+    assert (unhealthy.value.code, json.load(unhealthy.value)["error"]["code"]) == (503, "engine_dead")
+    assert server.process.wait(60) == 1

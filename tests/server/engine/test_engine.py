@@ -202,6 +202,20 @@ async def test_full_queue_is_refused(make_engine, prompt):
     assert not any(leaks(engine).values())
 
 
+async def test_queued_prompt_tokens_are_limited_but_one_request_may_always_wait(make_engine, prompt):
+    engine = make_engine(max_queued_tokens=100, max_num_seqs=1)
+    long = SamplingParams(max_tokens=3000, ignore_eos=True)
+    streams = [engine.submit(Request("r0", prompt(50), long))]
+    await anext(streams[0])
+    streams.append(engine.submit(Request("r1", prompt(150), long)))  # alone in the queue, whatever its length
+    with pytest.raises(RateLimitError, match="150 prompt tokens are waiting, 100 allowed"):
+        engine.submit(Request("r2", prompt(1), long))
+    for stream in streams:
+        stream.abort()
+    await settle(engine)
+    assert not any(leaks(engine).values())
+
+
 async def test_request_larger_than_the_budget_is_refused_with_figures(make_engine, prompt):
     engine = make_engine(kv_host_memory=100_000)
     with pytest.raises(MemoryExhaustedError, match="100000"):
@@ -274,6 +288,60 @@ async def test_failing_request_takes_no_other_with_it(make_engine, prompt, run, 
     await settle(engine)
     assert not any(leaks(engine).values())
     assert engine.is_alive
+
+
+@pytest.mark.parametrize(
+    "planted", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory")]
+)
+@pytest.mark.parametrize("place", ["forward", "sealing"])
+async def test_running_out_of_memory_fails_that_request_alone_and_is_called_so(
+    planted, place, make_engine, prompt, run, tokens_of, monkeypatch
+):
+    engine = make_engine()
+    wanted = tokens_of(await run(engine, prompt(80), max_tokens=30))
+    forward, grown = engine._runner._forward, engine._manager.grown
+
+    def failing_forward(work, wanted, step):
+        if place == "forward" and any(len(item.tokens) == 13 for item in work):
+            raise planted
+        return forward(work, wanted, step)
+
+    def failing_grown(context, token_ids):
+        if place == "sealing" and context.num_tokens == 15:
+            raise planted
+        return grown(context, token_ids)
+
+    monkeypatch.setattr(engine._runner, "_forward", failing_forward)
+    monkeypatch.setattr(engine._manager, "grown", failing_grown)
+    good, bad = await asyncio.gather(run(engine, prompt(80), max_tokens=30), run(engine, prompt(13), salt="x"))
+    assert tokens_of(good) == wanted
+    assert isinstance(bad[-1], Failure)
+    assert isinstance(bad[-1].error, MemoryExhaustedError)
+    await settle(engine)
+    assert not any(leaks(engine).values())
+    assert engine.is_alive
+
+
+async def test_one_row_of_logits_that_is_not_finite_fails_its_request_alone(
+    make_engine, prompt, run, tokens_of, monkeypatch
+):
+    engine = make_engine()
+    wanted = tokens_of(await run(engine, prompt(80), max_tokens=30))
+    forward = engine._runner._forward
+
+    def poisoned(work, wanted, step):
+        logits = forward(work, wanted, step)
+        for row, item in zip(logits, [item for item in work if item.num_logits], strict=True):
+            if item.context.num_tokens == 15:
+                row[3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine._runner, "_forward", poisoned)
+    good, bad = await asyncio.gather(run(engine, prompt(80), max_tokens=30), run(engine, prompt(13), salt="x"))
+    assert tokens_of(good) == wanted
+    assert isinstance(bad[-1], Failure)
+    await settle(engine)
+    assert not any(leaks(engine).values())
 
 
 async def test_non_finite_logits_fail_that_request_alone(make_engine, prompt, run, monkeypatch):
