@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -96,6 +97,10 @@ class Metrics:
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
         self._compactions = self._histogram("compaction_seconds", "Merging a chain of segments into one.", _LONG)
         self._compacted_tokens = self._counter("compacted_tokens", "Tokens copied by merging segments.")
+        self._disk_seconds = self._histogram(
+            "disk_seconds", "Reading or writing a segment's files.", _LONG, "operation"
+        )
+        self._disk_bytes = self._counter("disk_bytes", "Bytes read or written.", "operation")
         self._evictions = self._counter("evictions", "Segments or indexes evicted.", "tier", "reason")
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
@@ -166,6 +171,10 @@ class Metrics:
     def compaction(self, num_segments: int, num_tokens: int, seconds: float) -> None:
         self._compactions.observe(seconds)
         self._compacted_tokens.inc(num_tokens)
+
+    def disk(self, operation: Literal["read", "write"], num_bytes: int, seconds: float) -> None:
+        self._disk_seconds.labels(operation).observe(seconds)
+        self._disk_bytes.labels(operation).inc(num_bytes)
 
     def attention(self, layer_seconds: float, num_visible: int, num_scored: int, num_retrieved: int) -> None:
         self._layer_seconds.observe(layer_seconds)

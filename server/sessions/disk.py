@@ -208,11 +208,13 @@ class Disk:
         if self.get(record.digest) is None:
             if not self._make_room(segment):
                 return False
+            started = time.perf_counter()
             written = self._files.write(
                 record.digest, "segment", lambda path: write_segment(path, record, segment.kv, self.model)
             )
             if written is None:
                 return False
+            self._recorder.disk("write", written, time.perf_counter() - started)
             self._files.touch(record.digest, segment.last_used)
             with self._guard:
                 entry = DiskEntry(record, written, last_used=segment.last_used, num_hits=segment.num_hits)
@@ -271,8 +273,8 @@ class Disk:
 
     def read(self, digest: bytes) -> Stored | None:
         """A segment read and checked as a whole; None, and the entry is forgotten, if that cannot be."""
-        path = self._files.path(digest, "segment")
-        if self.get(digest) is None:
+        path, entry, started = self._files.path(digest, "segment"), self.get(digest), time.perf_counter()
+        if entry is None:
             return None  # the quota was faster
         try:
             record, kv = read_segment(path, self.model, self._geometry, self._pin_memory)
@@ -283,7 +285,9 @@ class Disk:
             self.remove(digest, error.reason, delete=error.reason == "damaged")
             return None
         self.touch(digest)
-        return Stored(record, kv, self._read_index(record, kv))
+        index = self._read_index(record, kv)
+        self._recorder.disk("read", entry.num_bytes, time.perf_counter() - started)
+        return Stored(record, kv, index)
 
     def _read_index(self, record: SegmentRecord, kv: KvBuffer) -> SegmentIndex | None:
         entry = self.get(record.digest)

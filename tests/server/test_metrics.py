@@ -35,6 +35,7 @@ def report_everything(recorder: Metrics) -> None:
     recorder.index_build("flat", 0.5, 11)
     recorder.index_builds_pending(3)
     recorder.compaction(2, 20, 0.7)
+    recorder.disk("read", 23, 0.8)
     recorder.attention(0.6, 12, 13, 14)
     recorder.live_recall(0.9, 0.99)
     recorder.memory("host", "kv", 15)
