@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.api import chat, completions, errors, messages, models, ops, responses, sessions, tokenize
 from server.api.face import EngineFace
-from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, KeyConcurrency, RequestId
+from server.api.middleware import REQUEST_ID, ApiKeys, BodyLimit, Defects, KeyConcurrency, RequestId
 from server.api.sampling import MODEL_DEFAULTS
 from server.api.service import Service
 from server.config import Settings
@@ -62,6 +62,7 @@ def _service(settings: Settings, engine: EngineFace, tokenizer: Tokenizer, metri
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """The last one added sees a call first."""
+    app.add_middleware(Defects)
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_body_bytes))
     if settings.api_keys:
         if settings.max_concurrency_per_key:

@@ -195,6 +195,12 @@ class Settings(BaseSettings):
         """Flags and the file come in through `load`; secrets and .env files are not read."""
         return init_settings, env_settings
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        return self
+
     @property
     def is_demo(self) -> bool:
         """Whether the bundled model is served."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,8 +60,11 @@ def error_response(
 
 
 def internal_error(error: BaseException) -> ServerError:
-    """What a caller is told about a defect of ours; the log has the rest."""
-    logger.error("unexpected error", exc_info=error)
+    """What a caller is told about a defect of ours; the log has its kind and place.
+
+    Not its message: libraries quote what they choked on, and that may be somebody's prompt.
+    """
+    logger.error("unexpected error\n%s", "".join(_places(error)))
     return ServerError("an internal error occurred; the server's log has its cause")
 
 
@@ -113,10 +117,14 @@ def install(app: FastAPI) -> None:
             status=error.status_code,
         )
 
-    @app.exception_handler(Exception)
-    async def _defect(request: Request, error: Exception) -> Response:
-        headers = {"X-Request-Id": request.state.request_id}
-        return error_response(internal_error(error), headers, request.url.path)
+
+def _places(error: BaseException | None) -> Iterator[str]:
+    """The stack of an error and of those that led to it, the first one first."""
+    if error is None:
+        return
+    yield from _places(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+    yield from traceback.format_tb(error.__traceback__)
+    yield f"{type(error).__module__}.{type(error).__qualname__}\n"
 
 
 def _router_error(error: HTTPException, call: str) -> ServerError:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_response
+from server.api.errors import error_response, internal_error
 from server.errors import AuthenticationError, RateLimitError, RequestTooLargeError
 
 REQUEST_ID = "X-Request-Id"
@@ -44,6 +44,31 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class Defects:
+    """Answers 500 for an error that nothing has handled. It goes no further: servers log what reaches them, whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            known = internal_error(error)
+            if not has_begun:
+                await error_response(known, path=scope["path"])(scope, receive, send)
 
 
 class ApiKeys:
@@ -101,8 +126,7 @@ class KeyConcurrency:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        key = headers.get("Authorization") or headers.get("X-Api-Key", "")
+        key = scope["state"]["owner"]  # of the key, however the header spells it; set by ApiKeys, which comes before
         if self._num_running[key] >= self._limit:
             error = RateLimitError(
                 f"this key already has {self._limit} requests under way (--max-concurrency-per-key)",

@@ -100,6 +100,13 @@ def test_metrics_move(server):
         assert values[name] > 0, name
 
 
+def test_log_tells_who_called_what_but_no_prompt(server):
+    """After the tests above."""
+    log = server.log.read_text()
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
+    assert not any(word in log for word in ("quiet-harbor", "special magic", "4071852"))
+
+
 def test_termination_drains_streams_and_exits_with_zero(start_server):
     server = start_server("--drain-timeout", "60")
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

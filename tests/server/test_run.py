@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 import uvicorn
 
 from server import run
@@ -17,6 +22,15 @@ from server.engine.tokenizer import Tokenizer
 from server.metrics import Metrics
 from server.run import DrainingServer
 from tests.server.fake_engine import FakeEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Of 127.0.0.1, by an authority that only `trust` knows."""
+
+    key: Path
+    chain: Path
+    trust: ssl.SSLContext
 
 
 def make_server(engine: FakeEngine, tokenizer: Tokenizer) -> DrainingServer:
@@ -63,6 +77,54 @@ async def test_dead_engine_ends_the_process_with_a_failure(
     engine.is_alive = False
     await serving
     assert server.exit_code == 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    for part in issued.cert_chain_pems:
+        part.write_to_path(folder / "cert.pem", append=True)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return Certificate(folder / "key.pem", folder / "cert.pem", context)
+
+
+async def test_tls_files_make_the_server_speak_https_only(
+    engine: FakeEngine, tokenizer: Tokenizer, certificate: Certificate
+) -> None:
+    settings = Settings(port=0, ssl_keyfile=certificate.key, ssl_certfile=certificate.chain)
+    app = create_app(settings, engine, tokenizer, Metrics())
+    server = DrainingServer(run._uvicorn_config(settings, app), engine, drain_seconds=0.1)
+    serving = asyncio.create_task(server.serve())
+    port = await port_of(server)
+    async with httpx.AsyncClient(verify=certificate.trust) as client:
+        assert (await client.get(f"https://127.0.0.1:{port}/health")).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"http://127.0.0.1:{port}/health")
+    async with httpx.AsyncClient() as stranger:  # who does not know the authority
+        with pytest.raises(httpx.ConnectError, match="certificate"):
+            await stranger.get(f"https://127.0.0.1:{port}/health")
+    server.should_exit = True
+    await serving
+
+
+def test_key_without_a_certificate_is_refused(certificate: Certificate, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--ssl-keyfile", str(certificate.key)]) == 2
+    assert "ssl-certfile" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass Config(LlamaConfig): pass\n"
+    (tmp_path / "evil.py").write_text(code)
+    auto_map = {"AutoConfig": "evil.Config", "AutoTokenizer": [None, "evil.Config"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 1
+    assert "cannot load" in caplog.text
+    assert not ran.exists()
 
 
 def test_help_explains_how_to_serve(capsys: pytest.CaptureFixture[str]) -> None:

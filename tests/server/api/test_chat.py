@@ -300,6 +300,14 @@ async def test_silent_stream_is_kept_alive(make_client: MakeClient, engine: Fake
     assert events[-1] == "[DONE]"
 
 
+async def test_stream_that_takes_too_long_ends_with_an_error(make_client: MakeClient, engine: FakeEngine) -> None:
+    engine.script = lambda request: [Token(0, X)]
+    events, _ = await read(make_client(request_timeout=0.05), PATH, HELLO)
+    assert events[-2]["error"]["code"] == "request_timeout"
+    assert events[-1] == "[DONE]"
+    assert engine.streams[0].num_aborts
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("has_begun", [True, False])
 async def test_client_that_goes_away_aborts_its_request(

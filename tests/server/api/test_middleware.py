@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 
 import httpx
 import pytest
@@ -72,6 +73,38 @@ async def test_key_has_only_so_many_generations_at_once(make_client: MakeClient,
         await engine.submitted.wait()
         engine.streams[-1].push(Finish(0, "length"), Done(Usage(1, 0, 0, None)))
         assert (await answer).status_code == 200
+
+
+@pytest.mark.parametrize("header", [{"Authorization": "bearer  one"}, {"X-Api-Key": "one"}])
+async def test_other_spelling_of_a_key_is_no_other_key(
+    make_client: MakeClient, engine: FakeEngine, header: dict[str, str]
+) -> None:
+    engine.script = lambda request: []
+    client = make_client(api_key=["one"], max_concurrency_per_key=1)
+    first = client.post(COMPLETIONS, json={"prompt": "x"}, headers={"Authorization": "Bearer one"})
+    running = asyncio.create_task(first)
+    await engine.submitted.wait()
+    assert (await client.post(COMPLETIONS, json={"prompt": "x"}, headers=header)).status_code == 429
+    engine.streams[0].push(Finish(0, "length"), Done(Usage(1, 0, 0, None)))
+    assert (await running).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["one", "three", "wrong", "", "o", "one" * 100])
+async def test_every_key_is_compared_whatever_the_given_one_is(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def counting(given: bytes, known: bytes) -> bool:
+        compared.append((len(given), len(known)))
+        return compare(given, known)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    client = make_client(api_key=["one", "two", "three"])
+    response = await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+    assert response.status_code == (200 if key in ("one", "three") else 401)
+    assert compared == [(32, 32)] * 3  # digests of one length, all of them
 
 
 async def test_health_needs_no_key(make_client: MakeClient) -> None:
