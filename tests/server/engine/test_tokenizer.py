@@ -98,6 +98,16 @@ async def test_long_text_is_encoded_on_a_thread_with_the_same_result(tokenizer: 
     assert tokenizer.decode(await tokenizer.encode(text)) == text
 
 
+async def test_a_megabyte_is_encoded_while_the_event_loop_turns(tokenizer: Tokenizer) -> None:
+    encoding = asyncio.create_task(tokenizer.encode("the quick brown fox " * 50_000))
+    num_turns = 0
+    while not encoding.done():
+        num_turns += 1
+        await asyncio.sleep(0)
+    assert len(encoding.result()) > 100_000
+    assert num_turns > 100, "the encoder holds the interpreter's lock"
+
+
 async def test_chat_ends_with_the_generation_prompt(tokenizer: Tokenizer) -> None:
     ids = await tokenizer.encode_chat([{"role": "user", "content": "fox"}])
     text = tokenizer.decode(ids, skip_special_tokens=False)
