@@ -129,7 +129,9 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def disagreements(seen: Counter[str], ends: dict[str, int]) -> list[str]:
     """How the clients' counts and the server's contradict each other. One who hangs up may do so just before the
     request was accepted, or just after it was finished."""
-    problems = [f"{seen[name]} requests {name}" for name in ("hung", "broken", "error", "accepted") if seen[name]]
+    problems = [
+        f"{seen[name]} requests {name}" for name in ("hung", "broken", "error", "accepted", "unhealthy") if seen[name]
+    ]
     finished = ends["stop"] + ends["length"]
     if not seen["finished"] <= finished <= seen["finished"] + seen["disconnected"]:
         problems.append(f"the server finished {finished}, the clients saw {seen['finished']} of them")
@@ -236,7 +238,11 @@ async def ask_whole(client: AsyncOpenAI, body: dict[str, Any], tally: Tally) -> 
 
 async def watch_health(ops: httpx.AsyncClient, tally: Tally) -> None:
     while True:
-        tally.health_ms.append(await health_ms(ops))
+        try:
+            tally.health_ms.append(await health_ms(ops))
+        except httpx.HTTPError as error:
+            tally.outcomes["unhealthy"] += 1
+            tally.messages[f"health: {error!r}"[:200]] += 1
         await asyncio.sleep(0.2)
 
 
