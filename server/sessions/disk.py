@@ -52,6 +52,15 @@ class DiskEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Extension:
+    """What an entry adds to a prefix: tokens `[begin, end)`; those before it are held, wherever."""
+
+    entry: DiskEntry
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class DiskStats:
     """What is held now."""
 
@@ -154,8 +163,8 @@ class Disk:
         kv_bytes, index_bytes = sum(e.kv_bytes for e in entries), sum(e.index_bytes for e in entries)
         return DiskStats(len(entries), kv_bytes, index_bytes, self.limit_bytes)
 
-    def longer_than(self, reach: int, token_ids: TokenIds, salt: str) -> list[tuple[DiskEntry, int]]:
-        """Entries that, one after the other, carry a prefix of `reach` tokens further, each with its tokens matched.
+    def longer_than(self, reach: int, token_ids: TokenIds, salt: str) -> list[Extension]:
+        """Entries that, one after the other, carry a prefix of `reach` tokens further.
 
         How the prefix before them is cut does not matter, nor where it is held.
         """
@@ -163,10 +172,11 @@ class Disk:
             (entry, entry.record.start + common_prefix(entry.record.token_ids, token_ids[entry.record.start :]))
             for entry in self._continuing(token_ids, salt)
         ]
-        chain: list[tuple[DiskEntry, int]] = []
+        chain: list[Extension] = []
         while further := [(entry, end) for entry, end in found if entry.record.start <= reach < end]:
-            entry, reach = max(further, key=lambda item: item[1])
-            chain.append((entry, reach - entry.record.start))
+            entry, end = max(further, key=lambda item: item[1])
+            chain.append(Extension(entry, reach, end))
+            reach = end
         return chain
 
     def serving(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:

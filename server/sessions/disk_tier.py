@@ -17,7 +17,7 @@ import numpy as np
 
 from retrieval.segment_file import PrefixDigests, SegmentRecord
 from retrieval.segments import Path, PathEntry, PathHold, Segment, SegmentStore, TokenIds, path_to, segment_digest
-from server.sessions.disk import Disk, DiskEntry, Outgoing, Stored
+from server.sessions.disk import Disk, DiskEntry, Extension, Outgoing, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ class DiskTier:
 
     # --- reading --------------------------------------------------------------------------------------
 
-    def missing(self, token_ids: TokenIds, salt: str) -> list[tuple[DiskEntry, int]]:
-        """Entries that would carry the prefix held in memory further, each with the tokens of it that match."""
+    def missing(self, token_ids: TokenIds, salt: str) -> list[Extension]:
+        """What would carry the prefix held in memory further."""
         path = self._store.longest_prefix(token_ids, salt)
         return self.disk.longer_than(path[-1].end if path else 0, token_ids, salt)
 

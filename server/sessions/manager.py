@@ -23,7 +23,7 @@ from retrieval.segments import Path, PathHold, Segment, SegmentStore, TokenIds
 from server.engine.recorder import Recorder
 from server.errors import DiskUnavailableError, MemoryExhaustedError
 from server.sessions.budget import Budget
-from server.sessions.disk import Disk, DiskEntry, DiskStats
+from server.sessions.disk import Disk, DiskStats, Extension
 from server.sessions.disk_tier import MIN_SAVED_TOKENS, DiskTier
 from server.sessions.policy import Candidate, Victim, choose_victims, index_seconds, prefill_seconds, read_seconds
 
@@ -245,7 +245,7 @@ class SessionManager:
     def num_tokens_saved(self, token_ids: TokenIds, salt: str) -> int:
         """Length of the longest prefix that the disk alone can give back."""
         chain = self._tier.disk.longer_than(0, token_ids, salt) if self._tier is not None else []
-        return sum(num_matched for _, num_matched in chain)
+        return chain[-1].end if chain else 0
 
     def give_up(self, token_ids: TokenIds, salt: str, others: Iterable[tuple[TokenIds, str]], *, deletes: bool) -> int:
         """Undo the `persist` of a context, but for what `others` (token ids, salt) need.
@@ -275,7 +275,7 @@ class SessionManager:
             return True
         ids = np.asarray(token_ids[:-1], dtype=np.int32)  # the last token is always computed
         found = self._tier.missing(ids, salt)
-        entries = [entry for entry, _ in found] if at_any_cost else self._worth_reading(found)
+        entries = [extension.entry for extension in (found if at_any_cost else _worth_reading(found))]
         if not entries:
             return True
         if self._tier.is_loading(entries):
@@ -289,12 +289,6 @@ class SessionManager:
             self._tier.load(entries, ids, salt, num_bytes)
         hold.release()
         return False
-
-    def _worth_reading(self, found: list[tuple[DiskEntry, int]]) -> list[DiskEntry]:
-        """Those whose reading takes less time than computing the tokens that match."""
-        total_read = sum(read_seconds(entry.num_bytes) for entry, _ in found)
-        total_computed = sum(prefill_seconds(entry.record.start, num_matched) for entry, num_matched in found)
-        return [entry for entry, _ in found] if total_read < total_computed else []
 
     def fetch(self, token_ids: list[int], salt: str) -> Path:
         """The longest stored prefix, brought from disk into memory where it is not there yet (blocks meanwhile).
@@ -353,8 +347,7 @@ class SessionManager:
         path = self.store.longest_prefix(token_ids, salt)
         found = self._tier.missing(token_ids, salt) if self._tier is not None else []
         if found:
-            entry, num_matched = found[-1]
-            return entry.record.start + num_matched
+            return found[-1].end
         return path[-1].end if path else 0
 
     def stats(self) -> ManagerStats:
@@ -473,3 +466,12 @@ class SessionManager:
             index_bytes=segment.index_bytes if segment.index_state == "ready" else 0,
             index_seconds=index_seconds(segment.num_tokens),
         )
+
+
+def _worth_reading(chain: list[Extension]) -> list[Extension]:
+    """As much of it as takes less time to read than its tokens to compute."""
+    for num_read in range(len(chain), 0, -1):
+        reading = sum(read_seconds(extension.entry.num_bytes) for extension in chain[:num_read])
+        if reading < sum(prefill_seconds(e.begin, e.end - e.begin) for e in chain[:num_read]):
+            return chain[:num_read]
+    return []

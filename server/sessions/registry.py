@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -18,9 +18,10 @@ from retrieval.segments import Path, TokenIds, common_prefix
 from server.engine.recorder import Recorder
 from server.engine.request import Request
 from server.engine.session_info import SESSION_STATES, SessionInfo, SessionKey, SessionList
-from server.errors import ConflictError, DiskUnavailableError, NotFoundError, UnavailableError
+from server.errors import ConflictError, NotFoundError
 from server.sessions.manager import SessionManager
-from server.sessions.records import SessionRecord, SessionRecords, tenant_tag
+from server.sessions.records import SessionRecords
+from server.sessions.saving import Saving
 from server.sessions.session import Session, describe, total_bytes
 from server.sessions.session_paths import SessionPaths
 
@@ -40,14 +41,12 @@ class SessionRegistry:
         records: SessionRecords | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._manager, self._recorder, self._records = manager, recorder, records
+        self._manager, self._recorder = manager, recorder
         self._max_sessions, self._clock = max_sessions, clock
         self._paths = SessionPaths(manager)
         self._sessions: dict[SessionKey, Session] = {}
-        self._dormant: dict[str, list[SessionRecord]] = defaultdict(list)  # by tenant, until the tenant comes
+        self._saving = Saving(manager, self._paths, records, clock)
         self._reported_at = -math.inf
-        for record in records.load() if records is not None else []:
-            self._dormant[record.tenant].append(record)
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -132,17 +131,14 @@ class SessionRegistry:
     def delete(self, key: SessionKey) -> int:
         """Forget a session, its files, and what no other session and no request needs; returns the bytes freed."""
         session = self._known(key)
-        if session.running or session.is_saving:
+        if session.running or self._saving.is_writing(session):
             what = f"has {len(session.running)} requests under way" if session.running else "is being saved"
             raise ConflictError(f"session '{key.name}' {what}; try again when that has ended", code="session_busy")
         path = self._paths.find(session)
         self._forget(session)
-        others = list(self._sessions.values())
-        needed = {entry.segment.digest for other in others for entry in self._paths.find(other)}
+        self._saving.delete(session, self._sessions.values())
+        needed = {entry.segment.digest for other in self._sessions.values() for entry in self._paths.find(other)}
         whole = [e.segment for e in path if e.limit == e.segment.num_tokens]
-        contexts = [(ids, o.key.salt) for o in others for ids in (o.token_ids, o.saved_token_ids)]
-        self._manager.give_up(session.token_ids, key.salt, contexts, deletes=True)
-        self._manager.give_up(session.saved_token_ids, key.salt, contexts, deletes=True)
         return self._manager.discard(whole, needed)
 
     def read_back(self, key: SessionKey) -> bool:
@@ -167,46 +163,16 @@ class SessionRegistry:
         Raises `DiskUnavailableError` where there is no disk.
         """
         session = self._known(key)
-        if self._records is None:
-            raise DiskUnavailableError("this server keeps nothing on disk: start it with --kv-disk-path")
         if not len(session.token_ids):
             raise ConflictError(f"session '{key.name}' holds nothing yet that could be saved", code="session_empty")
-        num_saved = sum(s.saved_at is not None or s.is_saving for s in self._sessions.values())
-        if session.saved_at is None and not session.is_saving and num_saved >= self._max_sessions:
+        saved = {s.key for s in self._sessions.values() if s.saved_at is not None or s.is_saving}
+        if len(saved - {key}) >= self._max_sessions:
             raise ConflictError(f"{self._max_sessions} sessions are saved, the most allowed", code="session_limit")
-        if self._manager.num_tokens_saved(session.token_ids, key.salt) < len(session.token_ids):
-            self._paths.complete(session, "saved")
-        self._manager.persist(self._paths.find(session))
-        session.saving_token_ids = session.token_ids
+        self._saving.begin(session)
 
     def end_save(self, key: SessionKey) -> SessionInfo | None:
-        """Write the record of what is on disk now; None: not all of it yet. Raises when it cannot be written."""
-        session = self._known(key)
-        token_ids = session.saving_token_ids
-        if token_ids is None or self._records is None:
-            return self.get(key)  # another call has ended it
-        num_saved = self._manager.num_tokens_saved(token_ids, key.salt)
-        if num_saved < len(token_ids) and self._manager.is_persisting(self._paths.find(session)):
-            return None
-        session.saving_token_ids = None
-        if num_saved < len(token_ids):
-            raise UnavailableError(
-                f"only {num_saved} of {len(token_ids)} tokens could be written; the server's log has the cause",
-                code="kv_disk_full",
-            )
-        self._record(session, token_ids, self._records)
-        return self.get(key)
-
-    def _record(self, session: Session, token_ids: TokenIds, records: SessionRecords) -> None:
-        """The session is saved with these tokens from now on; what was kept for earlier ones may go."""
-        key, now = session.key, self._clock()
-        try:
-            records.write(SessionRecord(tenant_tag(key.owner, key.salt), key.name, session.created, now, token_ids))
-        except OSError as error:
-            raise UnavailableError(f"the session's record cannot be written: {error}", code="kv_disk_full") from error
-        before, session.saved_token_ids, session.saved_at = session.saved_token_ids, token_ids, now
-        saved = [(s.saved_token_ids, s.key.salt) for s in self._sessions.values()]
-        self._manager.give_up(before, key.salt, saved, deletes=False)
+        """Its record stands for what is on disk now; None: not all of it yet. Raises when it cannot be written."""
+        return self.get(key) if self._saving.end(self._known(key), self._sessions.values()) else None
 
     def restore(self, key: SessionKey) -> SessionInfo:
         """Its context is in memory, after `read_back`, and used. Raises `ConflictError` where it is not."""
@@ -256,7 +222,7 @@ class SessionRegistry:
                 session.seen_state = self._paths.state(session)
                 self._sessions[session.key] = self._sessions.pop(session.key)
         counts = Counter(session.seen_state for session in self._sessions.values())
-        counts["disk"] += sum(len(records) for records in self._dormant.values())
+        counts["disk"] += self._saving.num_dormant
         self._recorder.sessions({state: counts[state] for state in SESSION_STATES}, self._num_pinned())
 
     def _num_pinned(self) -> int:
@@ -264,11 +230,7 @@ class SessionRegistry:
 
     def _wake(self, owner: str, salt: str) -> None:
         """A tenant has come: what it had saved in an earlier process is known again."""
-        if not self._dormant:
-            return
-        for record in self._dormant.pop(tenant_tag(owner, salt), []):
-            key = SessionKey(owner, salt, record.name)
-            self._sessions[key] = Session.from_record(key, record)
+        self._sessions |= {session.key: session for session in self._saving.wake(owner, salt)}
 
     def _known(self, key: SessionKey) -> Session:
         self._wake(key.owner, key.salt)
@@ -296,8 +258,6 @@ class SessionRegistry:
 
     def _forget(self, session: Session) -> None:
         self._unpin(session)
-        if session.saved_at is not None and self._records is not None:
-            self._records.delete(tenant_tag(session.key.owner, session.key.salt), session.key.name)
         del self._sessions[session.key]
         self._reported_at = -math.inf
 

@@ -29,7 +29,7 @@ from retrieval.index_files import IndexFiles
 from retrieval.segment_index import CodesMaker
 from server.engine.recorder import NullRecorder
 from server.errors import DiskUnavailableError, MemoryExhaustedError
-from server.sessions import disk_tier
+from server.sessions import disk_tier, policy
 from server.sessions.budget import Budget
 from server.sessions.disk import Disk, open_disk
 from server.sessions.disk_files import DiskLockedError
@@ -286,6 +286,19 @@ def test_what_a_killed_server_left_half_written_is_removed(make_server: Any, tmp
     second = make_server()
     assert sorted(p.suffix for p in folder.iterdir()) == [".segment"]
     assert second.recorder.degradations == {}
+
+
+def test_a_long_file_is_not_read_for_a_few_tokens(make_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tokens = make_server(), prompt(1)
+    first.read(tokens)
+    first.manager.shutdown()
+    monkeypatch.setattr("server.sessions.manager.read_seconds", lambda _: policy.prefill_seconds(0, 30))
+    second = make_server()
+    assert second.read([*tokens[:29], 1001]) == 0
+    assert second.read([*tokens[:50], 1001]) == 29, "21 tokens more are not worth it"
+    second.manager.shutdown()
+    third = make_server()
+    assert third.read([*tokens[:40], 1001]) == 40
 
 
 # --- eviction -------------------------------------------------------------------------------------------
