@@ -16,6 +16,7 @@ namespace {
 constexpr std::int64_t kExactKeys = 1024;  // keys per task of exact attention
 constexpr std::int64_t kChunksPerTask = 2;
 constexpr std::int64_t kSmallPart = 512;   // searched parts this small are attended exactly
+constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
 class Job {
  public:
@@ -47,19 +48,26 @@ class Job {
   void weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::int64_t& num_rows);
   template <typename Work>
   void for_units(Work work) {
-    pool_.run(static_cast<std::int64_t>(units_.size()), [&](std::int64_t u) { work(units_[static_cast<std::size_t>(u)]); });
+    run(static_cast<std::int64_t>(units_.size()), [&](std::int64_t u) { work(units_[static_cast<std::size_t>(u)]); });
   }
   template <typename Work>
   void for_tasks(const std::vector<Task>& tasks, Work work) {
-    pool_.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i) { work(static_cast<std::size_t>(i)); });
+    run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i) { work(static_cast<std::size_t>(i)); });
   }
 
   const LayerQueries& queries_;
   const float scale_;
   const Budget& budget_;
+  template <typename Work>
+  void run(std::int64_t count, Work work) {
+    if (!is_small_) return pool_.run(count, work);
+    for (std::int64_t i = 0; i < count; ++i) work(i);
+  }
+
   ThreadPool& pool_;
   Arena& arena_;
   const bool will_list_;
+  bool is_small_ = false;  // waking a worker takes longer than all the work
   const int first_kv_head_;
   std::vector<std::shared_lock<std::shared_mutex>> locks_;
   std::vector<Unit> units_;
@@ -142,6 +150,7 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
       head += num;
     }
   }
+  is_small_ = scan_tasks_.empty() && !will_list_ && stats_.num_scored * queries_.head_dim <= kSmallProducts;
 }
 
 void Job::scan() {
@@ -149,7 +158,7 @@ void Job::scan() {
     for_units([&](Unit& unit) { prepare(unit); });
   }
   const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
-  pool_.run(num_exact + static_cast<std::int64_t>(scan_tasks_.size()), [&](std::int64_t i) {
+  run(num_exact + static_cast<std::int64_t>(scan_tasks_.size()), [&](std::int64_t i) {
     if (i < num_exact) {
       attend_exactly(exact_tasks_[static_cast<std::size_t>(i)]);
     } else {
