@@ -17,7 +17,18 @@ def set_num_threads(num_threads: int) -> None:
 class LayerCodes:
     """RaBitQ codes of the keys of one segment and layer, all KV heads. Searches may run while keys are appended."""
 
-    def __init__(self, num_kv_heads: int, head_dim: int, bits: int = 2, seed: int = 0) -> None: ...
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        bits: int = 2,
+        seed: int = 0,
+        key_stretch: Tensor | None = None,
+        query_stretch: Tensor | None = None,
+    ) -> None:
+        """Stretches, float32 `[num_kv_heads, head_dim, head_dim]`, each the other's inverse transposed, are applied to
+        keys and queries before they are rotated; see retrieval.balance."""
+
     def append(self, keys: Tensor) -> None:
         """keys `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none."""
 

@@ -113,7 +113,7 @@ def attend_packed(
         step.method.observe(span.context, layer_idx, chunk)
         if span.context.online_codes is not None:
             tail = span.context.tail
-            span.context.online_codes.extend(layer_idx, tail, tail.length + span.num_tokens)
+            span.context.online_codes.extend(layer_idx, tail, tail.length + span.num_tokens, chunk)
         out[rows] = attend_chunk(chunk, span.context, layer_idx, scale, sliding_window).transpose(0, 1)
     return out
 

@@ -57,7 +57,8 @@ class IndexBuilder:
     def watch(self, context: Context) -> None:
         """Build while the prompt is read, where the kind can: the index is then ready when the prompt ends."""
         if self._codes is not None:
-            context.online_codes = OnlineCodes(self._codes, context.geometry.num_layers)
+            expected = context.num_expected_tokens - context.tail_start
+            context.online_codes = OnlineCodes(self._codes, context.geometry.num_layers, expected)
 
     def submit(self, segment: Segment, sample: QuerySample | None, online: OnlineCodes | None = None) -> None:
         """Index a segment, at once from `online` codes that cover it, else in the background.

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrieval.balance import balance
 from retrieval.index import KeyIndex
 from retrieval.kv_buffer import KvBuffer
 
+BALANCE_TOKENS = 32_768  # from here on, the stretches of a head weigh about a tenth of its codes at most
 ENCODE_TOKENS = 4096  # encoded at a time
 
 
@@ -63,16 +65,20 @@ class CodesMaker:
     bits: int = 2
     seed: int = 0
 
-    def encode(self, kv: KvBuffer, layer_idx: int, end: int, known: Any = None) -> Any:
+    def encode(self, kv: KvBuffer, layer_idx: int, end: int, known: Any = None, queries: Tensor | None = None) -> Any:
         """`_core.LayerCodes` of one layer's keys before `end`.
 
-        known: such codes of the first keys, which are copied instead of made again.
+        known: such codes of the first keys, which are copied instead of made again. queries `[num_q_heads, n,
+        head_dim]`: what was asked of these keys, to balance the codes for.
         """
         geometry = kv.geometry
         if known is not None:
             codes = self.core.LayerCodes.load(known.save())
         else:
-            codes = self.core.LayerCodes(geometry.num_kv_heads, geometry.head_dim, self.bits, self.seed)
+            stretches = None if queries is None else balance(kv.read_keys(layer_idx, 0, end), queries.cpu())
+            codes = self.core.LayerCodes(
+                geometry.num_kv_heads, geometry.head_dim, self.bits, self.seed, *(stretches or ())
+            )
         self.extend(codes, kv, layer_idx, end)
         return codes
 
@@ -90,8 +96,10 @@ class CodesMaker:
 class OnlineCodes:
     """Codes of a tail that is still being read, appended chunk by chunk, so that they are ready when it is sealed."""
 
-    def __init__(self, maker: CodesMaker, num_layers: int) -> None:
+    def __init__(self, maker: CodesMaker, num_layers: int, num_expected_tokens: int = 0) -> None:
+        """num_expected_tokens: of the whole tail; in a long one, stretches of its own are worth their bytes."""
         self._maker = maker
+        self._is_long = num_expected_tokens >= BALANCE_TOKENS
         self._layers: list[Any] = [None] * num_layers  # LayerCodes, made by the first `extend` of each layer
         self.seconds = 0.0  # spent encoding
 
@@ -100,11 +108,15 @@ class OnlineCodes:
         """Bytes of the codes made so far."""
         return sum(int(codes.nbytes) for codes in self._layers if codes is not None)
 
-    def extend(self, layer_idx: int, kv: KvBuffer, end: int) -> None:
-        """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already."""
+    def extend(self, layer_idx: int, kv: KvBuffer, end: int, queries: Tensor | None = None) -> None:
+        """Encode the keys of one layer up to `end`, those of earlier chunks being encoded already.
+
+        queries `[num_q_heads, n, head_dim]`: the chunk's own.
+        """
         started, codes = time.perf_counter(), self._layers[layer_idx]
         if codes is None:
-            self._layers[layer_idx] = self._maker.encode(kv, layer_idx, end)
+            asked = queries if self._is_long else None
+            self._layers[layer_idx] = self._maker.encode(kv, layer_idx, end, queries=asked)
         else:
             self._maker.extend(codes, kv, layer_idx, end)
         self.seconds += time.perf_counter() - started

@@ -286,6 +286,19 @@ std::vector<Rows> head_rows(const Array& array, const char* name, const LayerCod
   return heads;
 }
 
+std::shared_ptr<LayerCodes> make_codes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed,
+                                       const std::optional<Floats>& key_stretch,
+                                       const std::optional<Floats>& query_stretch) {
+  require(key_stretch.has_value() == query_stretch.has_value(), "key_stretch and query_stretch come together");
+  if (!key_stretch) return std::make_shared<LayerCodes>(num_kv_heads, head_dim, bits, seed);
+  const auto heads = static_cast<std::size_t>(num_kv_heads), width = static_cast<std::size_t>(head_dim);
+  for (const Floats* stretch : {&*key_stretch, &*query_stretch}) {
+    require(stretch->ndim() == 3 && stretch->shape(0) == heads && stretch->shape(1) == width && stretch->shape(2) == width,
+            "a stretch must be [num_kv_heads, head_dim, head_dim]");
+  }
+  return std::make_shared<LayerCodes>(num_kv_heads, head_dim, bits, seed, key_stretch->data(), query_stretch->data());
+}
+
 void append_keys(LayerCodes& codes, const Array& keys) {
   const std::vector<Rows> rows = head_rows(keys, "keys", codes);
   const auto count = static_cast<std::int64_t>(keys.shape(1));
@@ -379,7 +392,8 @@ NB_MODULE(_core, m) {
   m.def("set_num_threads", [](int n) { pool_owner().resize(n); }, "num_threads"_a);
 
   nb::class_<LayerCodes>(m, "LayerCodes")
-      .def(nb::init<int, int, int, std::uint64_t>(), "num_kv_heads"_a, "head_dim"_a, "bits"_a = 2, "seed"_a = 0)
+      .def(nb::new_(&make_codes), "num_kv_heads"_a, "head_dim"_a, "bits"_a = 2, "seed"_a = 0,
+           "key_stretch"_a.noconvert().none() = nb::none(), "query_stretch"_a.noconvert().none() = nb::none())
       .def("append", &append_keys, "keys"_a.noconvert())
       .def_prop_ro("num_kv_heads", &LayerCodes::num_kv_heads)
       .def_prop_ro("head_dim", &LayerCodes::head_dim)

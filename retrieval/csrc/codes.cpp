@@ -11,7 +11,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '4'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '5'};
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -56,22 +56,61 @@ void hadamard(float* x, int n) {
   for (int i = 0; i < n; ++i) x[i] *= scale;
 }
 
-}  // namespace
-
-Rotation::Rotation(int head_dim, std::uint64_t seed) : head_dim_(head_dim), span_(1) {
-  while (span_ * 2 <= head_dim) span_ *= 2;
-  std::uint64_t state = seed;
-  signs_.resize(static_cast<std::size_t>(kRounds * head_dim));
-  for (float& sign : signs_) sign = next_random(state) >> 63 ? 1.0f : -1.0f;
-}
-
-void Rotation::apply(float* vector) const {
-  for (int round = 0; round < kRounds; ++round) {
-    const float* signs = signs_.data() + round * head_dim_;
-    for (int j = 0; j < head_dim_; ++j) vector[j] *= signs[j];
-    hadamard(vector + (round % 2 == 0 ? 0 : head_dim_ - span_), span_);
+// A random orthogonal matrix R: sign flips and Hadamard transforms over the first and the last power of two.
+class Rotation {
+ public:
+  Rotation(int head_dim, std::uint64_t seed) : head_dim_(head_dim), span_(1) {
+    while (span_ * 2 <= head_dim) span_ *= 2;
+    std::uint64_t state = seed;
+    signs_.resize(static_cast<std::size_t>(kRounds * head_dim));
+    for (float& sign : signs_) sign = next_random(state) >> 63 ? 1.0f : -1.0f;
   }
+
+  void apply(float* vector) const {
+    for (int round = 0; round < kRounds; ++round) {
+      const float* signs = signs_.data() + round * head_dim_;
+      for (int j = 0; j < head_dim_; ++j) vector[j] *= signs[j];
+      hadamard(vector + (round % 2 == 0 ? 0 : head_dim_ - span_), span_);
+    }
+  }
+
+  // R times a matrix [head_dim][head_dim], or R itself for none.
+  void multiply(const float* matrix, float* out) const {
+    const auto d = static_cast<std::size_t>(head_dim_);
+    std::vector<float> column(d);
+    for (std::size_t j = 0; j < d; ++j) {
+      for (std::size_t i = 0; i < d; ++i) column[i] = matrix != nullptr ? matrix[i * d + j] : (i == j ? 1.0f : 0.0f);
+      apply(column.data());
+      for (std::size_t i = 0; i < d; ++i) out[i * d + j] = column[i];
+    }
+  }
+
+ private:
+  static constexpr int kRounds = 4;
+  int head_dim_;
+  int span_;                  // largest power of two <= head_dim
+  std::vector<float> signs_;  // [kRounds][head_dim]
+};
+
+// Whether a, b [d][d] satisfy a^T b = 1, so that <a x, b y> = <x, y>.
+bool are_dual(const float* a, const float* b, int d) {
+  for (int i = 0; i < d; ++i) {
+    for (int j = 0; j < d; ++j) {
+      float sum = i == j ? -1.0f : 0.0f;
+      for (int t = 0; t < d; ++t) sum += a[t * d + i] * b[t * d + j];
+      if (!(std::fabs(sum) < 1e-3f)) return false;
+    }
+  }
+  return true;
 }
+
+// out[i] = map * vectors[i], num <= kMaxGroup.
+void apply_map(const float* map, const float* vectors, int num, int head_dim, float* out) {
+  kernels().score({vectors, nullptr, num, head_dim}, {map, nullptr, DType::kFloat32, head_dim}, nullptr, 0, head_dim,
+                  out, head_dim);
+}
+
+}  // namespace
 
 void AlignedFree::operator()(std::byte* pointer) const { std::free(pointer); }
 
@@ -95,17 +134,28 @@ struct LayerCodes::Encoded {
 };
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed)
-    : num_kv_heads_(num_kv_heads),
-      head_dim_(head_dim),
-      bits_(bits),
-      seed_(seed),
-      rotation_(head_dim >= 8 && head_dim <= kMaxHeadDim ? head_dim : 8, seed) {
+    : num_kv_heads_(num_kv_heads), head_dim_(head_dim), bits_(bits), seed_(seed) {
   if (num_kv_heads < 1) throw std::invalid_argument("num_kv_heads must be positive");
   if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
     throw std::invalid_argument("head_dim must be a multiple of 8 up to 256, got " + std::to_string(head_dim));
   }
   if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("bits must be 1 to 4, got " + std::to_string(bits));
   heads_.resize(static_cast<std::size_t>(num_kv_heads));
+  maps_.resize(matrix_size());
+  Rotation(head_dim, seed).multiply(nullptr, maps_.data());
+}
+
+LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed, const float* key_stretch,
+                       const float* query_stretch)
+    : LayerCodes(num_kv_heads, head_dim, bits, seed) {
+  const Rotation rotation(head_dim, seed);
+  maps_.resize(2 * heads_.size() * matrix_size());
+  for (std::size_t h = 0; h < heads_.size(); ++h) {
+    const float *keys = key_stretch + h * matrix_size(), *queries = query_stretch + h * matrix_size();
+    if (!are_dual(keys, queries, head_dim)) throw std::invalid_argument("stretches are not each other's inverse transposed");
+    rotation.multiply(keys, maps_.data() + 2 * h * matrix_size());
+    rotation.multiply(queries, maps_.data() + (2 * h + 1) * matrix_size());
+  }
 }
 
 std::int64_t LayerCodes::num_keys() const {
@@ -116,37 +166,45 @@ std::int64_t LayerCodes::num_keys() const {
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   const auto chunk_bytes = static_cast<std::int64_t>(sizeof(CodeChunk) + plane_total());
-  std::int64_t total = 0;
+  auto total = static_cast<std::int64_t>(maps_.size() * sizeof(float));
   for (const HeadCodes& head : heads_) {
     total += static_cast<std::int64_t>(head.chunks.size()) * chunk_bytes + std::int64_t{head_dim_} * 4;
   }
   return total;
 }
 
-bool LayerCodes::encode(const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
-                        Encoded& out) const {
+bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& centroid, std::int64_t first,
+                        std::int64_t count, Encoded& out) const {
+  constexpr int kTogether = 4;
   const auto dims = static_cast<std::size_t>(head_dim_);
   const int levels = 1 << bits_;
   const float middle = 0.5f * static_cast<float>(levels - 1);
   const float root = std::sqrt(static_cast<float>(head_dim_));
-  float r[kMaxHeadDim];
-  for (std::int64_t i = first; i < first + count; ++i) {
-    if (!read_key(keys, i, r)) return false;
-    for (std::size_t j = 0; j < dims; ++j) r[j] -= centroid[j];
-    rotation_.apply(r);
-    const float norm_squared = dot(r, r, head_dim_);
-    const float norm = std::sqrt(norm_squared);
-    const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits_]) : 0.0f;
-    std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i) * dims;
-    float along = 0.0f;  // <u, r>
-    for (std::size_t j = 0; j < dims; ++j) {
-      // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
-      const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
-      const auto level = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
-      code[j] = level;
-      along += 2.0f * (static_cast<float>(level) - middle) * r[j];
+  float centred[kTogether * kMaxHeadDim], mapped[kTogether * kMaxHeadDim];
+  for (std::int64_t i = first; i < first + count; i += kTogether) {
+    const int num = static_cast<int>(std::min<std::int64_t>(kTogether, first + count - i));
+    for (int t = 0; t < num; ++t) {
+      float* key = centred + t * head_dim_;
+      if (!read_key(keys, i + t, key)) return false;
+      for (std::size_t j = 0; j < dims; ++j) key[j] -= centroid[j];
     }
-    out.factors[static_cast<std::size_t>(i)] = along > 0.0f ? norm_squared / along : 0.0f;
+    apply_map(key_map(head), centred, num, head_dim_, mapped);
+    for (int t = 0; t < num; ++t) {
+      const float* r = mapped + t * head_dim_;
+      const float norm_squared = dot(r, r, head_dim_);
+      const float norm = std::sqrt(norm_squared);
+      const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits_]) : 0.0f;
+      std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i + t) * dims;
+      float along = 0.0f;  // <u, r>
+      for (std::size_t j = 0; j < dims; ++j) {
+        // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
+        const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
+        const auto level = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
+        code[j] = level;
+        along += 2.0f * (static_cast<float>(level) - middle) * r[j];
+      }
+      out.factors[static_cast<std::size_t>(i + t)] = along > 0.0f ? norm_squared / along : 0.0f;
+    }
   }
   return true;
 }
@@ -215,7 +273,7 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
     const auto at = static_cast<std::size_t>(task / tasks_per_head);
     const std::int64_t first = task % tasks_per_head * kEncodeKeys;
     const std::int64_t count = std::min(kEncodeKeys, num_new - first);
-    if (!encode(heads[at], centroids[at], first, count, encoded[at])) is_finite = false;
+    if (!encode(static_cast<int>(at), heads[at], centroids[at], first, count, encoded[at])) is_finite = false;
   });
   if (!is_finite) throw std::invalid_argument("keys hold NaN or infinity");
   const std::unique_lock<std::shared_mutex> lock(mutex_);
@@ -230,8 +288,10 @@ std::string LayerCodes::save() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   std::string out(kMagic, sizeof(kMagic));
   const auto put = [&](const void* data, std::size_t size) { out.append(static_cast<const char*>(data), size); };
-  const std::int64_t header[5] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_};
+  const std::int64_t header[6] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_,
+                                  is_stretched()};
   put(header, sizeof(header));
+  if (is_stretched()) put(maps_.data(), maps_.size() * sizeof(float));
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) put(head.centroid.data(), head.centroid.size() * sizeof(float));
     for (const auto& chunk : head.chunks) {
@@ -251,17 +311,23 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     at += bytes;
   };
   char magic[sizeof(kMagic)];
-  std::int64_t header[5];
+  std::int64_t header[6];
   take(magic, sizeof(magic));
   if (std::memcmp(magic, kMagic, sizeof(kMagic)) != 0) throw std::invalid_argument("not codes of this version");
   take(header, sizeof(header));
   if (header[0] < 1 || header[0] > 4096 || header[1] < 8 || header[1] > kMaxHeadDim || header[2] < 1 ||
-      header[2] > kMaxBits || header[4] < 0) {
+      header[2] > kMaxBits || header[4] < 0 || header[5] < 0 || header[5] > 1) {
     throw std::invalid_argument("damaged codes header");
   }
   auto codes = std::make_shared<LayerCodes>(static_cast<int>(header[0]), static_cast<int>(header[1]),
                                             static_cast<int>(header[2]), static_cast<std::uint64_t>(header[3]));
   const std::size_t plane_total = codes->plane_total();
+  if (header[5] == 1) {
+    const std::size_t num_maps = 2 * codes->heads_.size() * codes->matrix_size();
+    if (size - at < num_maps * sizeof(float)) throw std::invalid_argument("truncated codes");
+    codes->maps_.resize(num_maps);
+    take(codes->maps_.data(), num_maps * sizeof(float));
+  }
   const std::int64_t num_chunks = (header[4] + kChunkKeys - 1) / kChunkKeys;
   for (HeadCodes& head : codes->heads_) {
     if (header[4] == 0) break;
@@ -292,11 +358,11 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
   out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
   float offsets[kMaxGroup];
   float largest = 1.0f;
+  float mapped[kMaxGroup * kMaxHeadDim];
+  apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
   for (int h = 0; h < queries.num; ++h) {
-    float rotated[kMaxHeadDim];
-    std::copy_n(queries.values + h * dims, dims, rotated);
-    out.base[h] = dot(rotated, codes.head(head).centroid.data(), dims);
-    codes.rotation().apply(rotated);
+    const float* rotated = mapped + h * dims;
+    out.base[h] = dot(queries.values + h * dims, codes.head(head).centroid.data(), dims);
     const float norm = std::sqrt(dot(rotated, rotated, dims));
     float range = 0.0f, total = 0.0f, lowest = 0.0f;
     for (int s = 0; s < num_tables; ++s) {

@@ -6,7 +6,9 @@
 // a = cos(u, r); the part behind f |q| is near 0.65 for every key and number of bits, so it needs no storing.
 // Deviations from the papers: the grid of the finer bits is set by the key's deviation instead of searched
 // for; the rotation is a Hadamard one; all bits are scanned at once, since estimating by the sign bit first and
-// by all bits where that does not decide costs more whenever more than one key in a hundred is undecided.
+// by all bits where that does not decide costs more whenever more than one key in a hundred is undecided; and
+// before the rotation, keys may be stretched by a matrix M and queries by its inverse transposed, which changes no
+// inner product, but where it balances keys that are wide with queries that are narrow, |q| |r| and so the error.
 #pragma once
 
 #include <cstdint>
@@ -24,19 +26,6 @@ namespace retrieval {
 inline constexpr int kChunkGroups = 32;
 inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
 inline constexpr int kMaxBits = 4;
-
-// A random orthogonal map: sign flips and Hadamard transforms over the first and the last power of two.
-class Rotation {
- public:
-  Rotation(int head_dim, std::uint64_t seed);
-  void apply(float* vector) const;  // in place
-
- private:
-  static constexpr int kRounds = 4;
-  int head_dim_;
-  int span_;                   // largest power of two <= head_dim
-  std::vector<float> signs_;   // [kRounds][head_dim]
-};
 
 struct AlignedFree {
   void operator()(std::byte* pointer) const;
@@ -61,6 +50,10 @@ class LayerCodes {
  public:
   // Throws std::invalid_argument unless head_dim is a multiple of 8 up to kMaxHeadDim and bits 1..4.
   LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed);
+  // key_stretch, query_stretch: [num_kv_heads][head_dim][head_dim], M and its inverse transposed.
+  // Throws std::invalid_argument unless they are that to each other.
+  LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed, const float* key_stretch,
+             const float* query_stretch);
 
   int num_kv_heads() const { return num_kv_heads_; }
   int head_dim() const { return head_dim_; }
@@ -81,19 +74,25 @@ class LayerCodes {
   std::shared_mutex& mutex() const { return mutex_; }
   const HeadCodes& head(int h) const { return heads_[static_cast<std::size_t>(h)]; }
   std::int64_t num_keys_locked() const { return num_keys_; }
-  const Rotation& rotation() const { return rotation_; }
+  bool is_stretched() const { return maps_.size() > matrix_size(); }
+  // What rotates, and stretches if so, keys and queries: [head_dim][head_dim].
+  const float* key_map(int head) const { return maps_.data() + (is_stretched() ? 2 * head * matrix_size() : 0); }
+  const float* query_map(int head) const {
+    return maps_.data() + (is_stretched() ? (2 * head + 1) * matrix_size() : 0);
+  }
 
  private:
   struct Encoded;
   // False at a key that is not finite.
-  bool encode(const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
+  bool encode(int head, const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
   std::size_t plane_total() const;
+  std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
   int num_kv_heads_, head_dim_, bits_;
   std::uint64_t seed_;
-  Rotation rotation_;
+  std::vector<float> maps_;  // the rotation of all, or for each head that of its keys and that of its queries
   std::int64_t num_keys_ = 0;
   std::vector<HeadCodes> heads_;
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_

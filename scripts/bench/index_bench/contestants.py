@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from retrieval.balance import balance
 from retrieval.index import build
 from retrieval.merge import Partial, merge
 from retrieval.partial_attention import attend_grouped
@@ -156,7 +157,9 @@ class Core(Contestant):
         held_keys, held_values = keys[:, indexed].contiguous(), values[:, indexed].contiguous()
         self.codes = None
         if self.bits:
-            self.codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits)
+            # As online: from the first chunk's keys; its queries are too few here, so from those of the whole prompt.
+            stretches = balance(held_keys[:, :2048], self.layer.train) or ()
+            self.codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits, 0, *stretches)
             self.codes.append(held_keys)
         count = held_keys.shape[1]
         self.searched = [self.core.Part(held_keys, held_values, 0, count, self.codes)]
