@@ -32,12 +32,17 @@ class SessionPaths:
         return tuple(PathEntry(segment, limit) for segment, limit in known if segment is not None)
 
     def complete(self, session: Session, purpose: str) -> Path:
-        """All of its context, in memory. Raises `ConflictError` when part of it is not there."""
-        path = self.find(session)
-        if end_of(path) < len(session.token_ids):
+        """All of its context, in memory.
+
+        Raises `MemoryExhaustedError` when there is no room for what is on disk, `ConflictError` when part is lost.
+        """
+        path, num_tokens = self.find(session), len(session.token_ids)
+        if end_of(path) < num_tokens:
+            if self._manager.num_tokens_on_disk(session.token_ids, session.key.salt) >= num_tokens:
+                raise self._no_room()
             raise ConflictError(
-                f"session '{session.key.name}' cannot be {purpose}: {end_of(path)} of its {len(session.token_ids)} "
-                "tokens are still held; send its document again",
+                f"session '{session.key.name}' cannot be {purpose}: {end_of(path)} of its {num_tokens} tokens are "
+                "still held; send its document again",
                 code="session_evicted",
             )
         return path
@@ -50,12 +55,15 @@ class SessionPaths:
         if self._manager.prepare(following, session.key.salt, at_any_cost=True):
             return True
         if not self._manager.num_pending:
-            stats = self._manager.stats()
-            raise MemoryExhaustedError(
-                f"no memory to read the session from disk: {stats.kv_bytes + stats.index_bytes} bytes held and "
-                f"{stats.reserved_bytes} reserved of {stats.limit_bytes}"
-            )
+            raise self._no_room()
         return False
+
+    def _no_room(self) -> MemoryExhaustedError:
+        stats = self._manager.stats()
+        return MemoryExhaustedError(
+            f"no memory to read the session from disk: {stats.kv_bytes + stats.index_bytes} bytes held, "
+            f"{self._manager.pinned_bytes} of them pinned, and {stats.reserved_bytes} reserved of {stats.limit_bytes}"
+        )
 
     def state(self, session: Session) -> SessionState:
         """What the session waits for, or where its context is."""

@@ -12,7 +12,14 @@ from server.engine.engine import Engine
 from server.engine.events import Done, Event, Finish, Progress, Token
 from server.engine.request import Request, SamplingParams
 from server.engine.session_info import SessionKey
-from server.errors import ConflictError, ContextLengthError, DiskUnavailableError, NotFoundError, UnavailableError
+from server.errors import (
+    ConflictError,
+    ContextLengthError,
+    DiskUnavailableError,
+    MemoryExhaustedError,
+    NotFoundError,
+    UnavailableError,
+)
 
 DOC = SessionKey("", "", "doc")
 
@@ -194,6 +201,41 @@ async def test_a_deleted_session_leaves_no_file(tmp_path: Path, make_engine: Any
     again = make_engine(kv_disk_path=str(tmp_path))
     assert again._manager.disk_bytes == 0
     assert (await again.sessions.list("", "", 10, None)).num_sessions == 0
+
+
+async def test_deletion_spares_the_files_of_a_tenant_who_has_not_come_back(
+    tmp_path: Path, make_engine: Any, prompt: Any
+) -> None:
+    ours, theirs = SessionKey("us", "", "doc"), SessionKey("them", "", "doc")
+    first = make_engine(kv_disk_path=str(tmp_path))
+    for key in (ours, theirs):
+        await prefill(first, prompt(300), key)
+        await first.sessions.save(key)
+    await first.stop(0)
+    second = make_engine(kv_disk_path=str(tmp_path))
+    await second.sessions.delete(ours)
+    assert (await second.sessions.restore(theirs)).num_tokens_in_memory == 300
+    with pytest.raises(NotFoundError):
+        await second.sessions.get(ours)
+    await second.sessions.delete(theirs)
+    assert second._manager.disk_bytes == 0
+
+
+async def test_what_memory_has_no_room_for_is_not_restored(tmp_path: Path, make_engine: Any, prompt: Any) -> None:
+    first = make_engine(kv_disk_path=str(tmp_path))
+    await prefill(first, prompt(300))
+    await first.sessions.save(DOC)
+    token_bytes = first._manager.kv_bytes(1)
+    await first.stop(0)
+    second = make_engine(kv_disk_path=str(tmp_path), kv_host_memory=500 * token_bytes)
+    await prefill(second, prompt(200, seed=1), SessionKey("", "", "pinned"))
+    await second.between_steps(second._manager.wait_for_indexes)
+    await second.sessions.pin(SessionKey("", "", "pinned"), None)
+    for call in (second.sessions.restore(DOC), second.sessions.pin(DOC, 5.0)):
+        with pytest.raises(MemoryExhaustedError, match="of them pinned"):
+            await call
+    await second.sessions.pin(SessionKey("", "", "pinned"), 0)
+    assert (await second.sessions.restore(DOC)).num_tokens_in_memory == 300
 
 
 async def test_a_full_disk_is_told_and_nothing_is_called_saved(tmp_path: Path, make_engine: Any, prompt: Any) -> None:
