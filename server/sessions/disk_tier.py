@@ -27,12 +27,13 @@ FLUSH_SECONDS = 20.0  # at the end of the server, within Kubernetes' 30 seconds 
 
 @dataclass(slots=True)
 class _Save:
-    """A write under way. `is_spill`: memory is to be freed when it has ended."""
+    """A write under way. `is_spill`: memory is to be freed when it has ended; `is_deleted`: the file is to go then."""
 
     segment: Segment
     result: Future[bool]
     is_spill: bool = False
     is_kept: bool = False
+    is_deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,13 @@ class DiskTier:
             save = self._saves[segment.digest] = _Save(segment, self._submit(segment, is_kept))
         if save is not None:
             save.is_spill, save.is_kept = save.is_spill or is_spill, save.is_kept or is_kept
+            save.is_deleted = False
+
+    def forget(self, digest: bytes) -> None:
+        """Let no file come of a write under way, unless there was one before."""
+        save = self._saves.get(digest)
+        if save is not None and self.disk.get(digest) is None:
+            save.is_kept, save.is_deleted = False, True
 
     def _lacks(self, segment: Segment) -> bool:
         entry = self.disk.get(segment.digest)
@@ -220,6 +228,8 @@ class DiskTier:
                 del self._saves[digest]
                 if save.is_kept:
                     self.disk.keep(digest, True)
+                if save.is_deleted:
+                    self.disk.remove(digest, "deleted")
                 if save.is_spill:
                     self._on_spilled(save.segment, save.result.result())
                 elif is_staged:

@@ -221,6 +221,8 @@ class SessionManager:
             if is_idle and segment.digest not in needed and self.store.get(segment.digest) is segment:
                 self.store.remove(segment)
                 num_bytes += segment.kv_bytes + segment.index_bytes
+                if self._tier is not None:
+                    self._tier.forget(segment.digest)
         self.num_changes += 1
         return num_bytes
 

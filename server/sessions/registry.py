@@ -136,10 +136,11 @@ class SessionRegistry:
             raise ConflictError(f"session '{key.name}' {what}; try again when that has ended", code="session_busy")
         path = self._paths.find(session)
         self._forget(session)
-        self._saving.delete(session, self._sessions.values())
         needed = {entry.segment.digest for other in self._sessions.values() for entry in self._paths.find(other)}
         whole = [e.segment for e in path if e.limit == e.segment.num_tokens]
-        return self._manager.discard(whole, needed)
+        num_bytes = self._manager.discard(whole, needed)
+        self._saving.delete(session, self._sessions.values())  # the files that were there; none comes any more
+        return num_bytes
 
     def read_back(self, key: SessionKey) -> bool:
         """Have its context read from disk into memory, where it must be; False: under way."""
