@@ -98,9 +98,9 @@ def _source(name: str, num_bytes: int, pieces: Iterable[bytes]) -> TensorSource:
 
 
 def _sources_of_codes(layers: list[Any]) -> list[TensorSource]:
-    """Layers of as many keys take as many bytes, so that all but the first are packed only when they are written."""
-    num_bytes = len(layers[0].save())
-    return [_source(str(i), num_bytes, (codes.save() for codes in [layer])) for i, layer in enumerate(layers)]
+    """One layer is packed at a time, for its length first: packing is cheap, and memory is accounted for."""
+    sizes = [len(codes.save()) for codes in layers]
+    return [_source(str(i), sizes[i], (codes.save() for codes in [layer])) for i, layer in enumerate(layers)]
 
 
 def _read(file: TensorFileReader, name: str) -> bytes:

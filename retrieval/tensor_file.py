@@ -54,8 +54,9 @@ def write_tensor_file(path: Path, description: dict[str, Any], tensors: Sequence
     with os.fdopen(_open_private(path), "wb", buffering=0) as file:
         file.seek(8 + header_bytes)  # the header comes last: the digests are known then
         for tensor in tensors:
+            begin = file.tell()
             digests[tensor.name] = [_write_block(file, block) for block in tensor.blocks]
-            assert len(digests[tensor.name]) == tensor.num_blocks
+            assert (len(digests[tensor.name]), file.tell() - begin) == (tensor.num_blocks, tensor.num_bytes)
         header = _header(description, tensors, digests)
         assert len(header) == header_bytes
         file.seek(0)
