@@ -17,6 +17,22 @@ def resident_bytes() -> int:
     return int(path.read_text().split()[1]) * mmap.PAGESIZE if path.is_file() else 0
 
 
+def forget_peak() -> bool:
+    """Let `peak_bytes` begin anew; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """The most that was resident since `forget_peak`."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def limit_arenas(num_arenas: int = 2) -> None:
     """Let all threads share few heaps: what one frees another takes, instead of each keeping its own peak."""
     libc = _libc()

@@ -92,6 +92,7 @@ class Metrics:
         self._reserved = self._gauge("memory_reserved_bytes", "Promised to running requests and merges.", "tier")
         self._limit = self._gauge("memory_limit_bytes", "The budget for what is held and promised.", "tier")
         self._base = self._gauge("process_base_bytes", "Resident memory after warming up, with nothing held.")
+        self._step = self._gauge("process_step_bytes", "Working memory of a full prefill step, taken while one runs.")
         resident = self._gauge("process_resident_bytes", "Resident memory of the process now.")
         resident.set_function(resident_bytes)
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
@@ -105,7 +106,7 @@ class Metrics:
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
         self._segments.labels("host")
-        for content in ("kv", "index", "staging"):
+        for content in ("kv", "index", "staging", "step"):
             self._bytes.labels("host", content)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
@@ -195,9 +196,10 @@ class Metrics:
         self._reserved.labels(tier).set(num_reserved_bytes)
         self._limit.labels(tier).set(limit_bytes)
 
-    def process_base(self, num_bytes: int) -> None:
-        """Resident memory of the process before it holds anything of anybody."""
+    def process_base(self, num_bytes: int, step_bytes: int) -> None:
+        """Resident memory of the process before it holds anything of anybody, and what a full step takes besides."""
         self._base.set(num_bytes)
+        self._step.set(step_bytes)
 
     def segments(self, tier: Tier, num_segments: int) -> None:
         self._segments.labels(tier).set(num_segments)

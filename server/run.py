@@ -42,8 +42,8 @@ def run(settings: Settings) -> int:
         logger.error("cannot load %s: %s", engine_config.model, error)
         return 1
     engine.start()
-    asyncio.run(_warm_up(engine, tokenizer))
-    metrics.process_base(memory.resident_bytes())
+    step_bytes = asyncio.run(_warm_up(engine, tokenizer))
+    metrics.process_base(memory.resident_bytes(), step_bytes)
     gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
     trimmer = memory.Trimmer()
     trimmer.start()
@@ -87,16 +87,21 @@ class DrainingServer(uvicorn.Server):
         return now - self._dead_since >= DEAD_ENGINE_SECONDS
 
 
-async def _warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
-    """What is resident afterwards is the process' base; a failure here is one that requests will show."""
-    started = time.perf_counter()
+async def _warm_up(engine: Engine, tokenizer: Tokenizer) -> int:
+    """What is resident afterwards is the process' base; a failure here is one that requests will show.
+
+    Returns the working memory of a full step.
+    """
+    started, step_bytes = time.perf_counter(), 0
     try:
-        await engine.warm_up()
+        step_bytes = await engine.warm_up()
         await tokenizer.encode("warm " * WARM_WORDS)
     except Exception:
         logger.exception("warming up failed")
     gc.collect()
+    memory.trim()
     logger.info("warmed up in %.1f s", time.perf_counter() - started)
+    return step_bytes
 
 
 def _uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:

@@ -121,9 +121,13 @@ class Engine:
             self._wake.notify()
         return stream
 
-    async def warm_up(self) -> None:
-        """Run every kind of step once, on the thread that runs them: some caches are a thread's own."""
-        await self.between_steps(lambda: warm_up(self.config, self._runner, self._manager))
+    async def warm_up(self) -> int:
+        """Run every kind of step once, on the thread that runs them: some caches are a thread's own.
+
+        Returns bytes: the working memory of a full step.
+        """
+        self._worker.step_bytes = await self.between_steps(lambda: warm_up(self.config, self._runner, self._manager))
+        return self._worker.step_bytes
 
     async def between_steps(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the engine thread between two steps; returns or raises what it does."""

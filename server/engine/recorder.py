@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Tier = Literal["device", "host", "disk"]
-Content = Literal["kv", "index", "staging"]
+Content = Literal["kv", "index", "staging", "step"]  # staging: in the making; step: what computing takes
 
 
 @dataclass(frozen=True, slots=True)

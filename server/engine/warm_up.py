@@ -10,6 +10,7 @@ import numpy as np
 
 from retrieval.context import Context
 from retrieval.segments import Segment
+from server import memory
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, Work
 from server.sessions.manager import SessionManager
@@ -17,28 +18,32 @@ from server.sessions.manager import SessionManager
 MAX_PRODUCTS = 2e11  # tokens times parameters: seconds on a few cores
 NUM_CHUNKS = 4  # so many that what is read is sealed with an index and searched
 NUM_DECODES = 4
-NUM_SHAPES = 40  # steps of fewer rows are all run once
+NUM_SHAPES = 10  # numbers of rows: as many as fill the bounded caches of compiled products
 
 
-def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) -> None:
-    """Read a random prompt of a few full chunks, generate a little, forget it."""
+def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) -> int:
+    """Read a random prompt of a few full chunks, generate a little, forget it.
+
+    Returns the working memory of a full step: bytes that are taken while it runs and free afterwards.
+    """
     chunk = max(1, min(config.max_num_batched_tokens, int(MAX_PRODUCTS / NUM_CHUNKS / runner.num_parameters)))
     longest = config.max_model_len or runner.max_position or chunk
     num_tokens = min(NUM_CHUNKS * chunk, longest - NUM_DECODES - 1)
     if num_tokens < 1:
-        return
+        return 0
     tokens = np.random.default_rng(0).integers(0, runner.vocab_size, num_tokens + NUM_DECODES).tolist()
     context = manager.open(tokens[:num_tokens], "", num_tokens + NUM_DECODES, reuse=False)
     try:
-        _read(runner, context, tokens[:num_tokens], chunk)
+        step_bytes = _read(runner, context, tokens[:num_tokens], chunk)
         sealed = _seal(context, tokens)
         for token in tokens[num_tokens:]:
             runner.run([Work(context, [token], is_decode=True, num_logits=1)])
     finally:
         context.close()
     manager.store.remove(sealed)
-    for num_rows in range(NUM_DECODES, min(NUM_SHAPES, longest)):
-        _run_alone(runner, manager, tokens[:num_rows])
+    for i in range(NUM_SHAPES):
+        _run_alone(runner, manager, tokens[: min(chunk * (2 * i + 1) // (2 * NUM_SHAPES) + 1, num_tokens)])
+    return step_bytes
 
 
 def _run_alone(runner: ModelRunner, manager: SessionManager, tokens: list[int]) -> None:
@@ -50,12 +55,20 @@ def _run_alone(runner: ModelRunner, manager: SessionManager, tokens: list[int]) 
         context.close()
 
 
-def _read(runner: ModelRunner, context: Context, tokens: list[int], chunk: int) -> None:
+def _read(runner: ModelRunner, context: Context, tokens: list[int], chunk: int) -> int:
+    """The most that a chunk's step took beyond what it left."""
+    step_bytes = 0
     for begin in range(0, len(tokens), chunk):
         part = tokens[begin : begin + chunk]
         is_last = begin + chunk >= len(tokens)
+        memory.trim()
+        is_measured = memory.forget_peak()
         runner.run([Work(context, part, is_decode=False, num_logits=int(is_last))])
+        peak = memory.peak_bytes()
+        memory.trim()
+        step_bytes = peak - memory.resident_bytes() if is_measured else 0
     runner.prefill_done(context)
+    return max(0, step_bytes)
 
 
 def _seal(context: Context, tokens: list[int]) -> Segment:

@@ -50,6 +50,7 @@ class Worker:
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.step_time_budget_ms / 1000)
         self.scheduler = Scheduler(limits, self._admit)
         self._progress = PrefillProgress()
+        self.step_bytes = 0  # working memory of a full prefill step; set by the engine when it is warmed up
         self._seeds = random.Random(config.seed)
         self._by_request: dict[str, list[Sequence]] = {}  # open requests' choices
         self._events: dict[str, list[Event]] = {}
@@ -368,6 +369,7 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.memory("host", "staging", staging)
+        self._recorder.memory("host", "step", self.step_bytes if prefills else 0)
         self._recorder.memory_budget("host", stats.reserved_bytes, stats.limit_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._report_disk()

@@ -41,12 +41,13 @@ def report_everything(recorder: Metrics) -> None:
     recorder.memory("host", "kv", 15)
     recorder.memory("host", "index", 15)
     recorder.memory("host", "staging", 15)
+    recorder.memory("host", "step", 15)
     recorder.memory_budget("host", 20, 21)
     recorder.segments("host", 16)
     recorder.sessions({"ready": 18}, 19)
     recorder.eviction("host", "budget", 17)
     recorder.degraded("no core")
-    recorder.process_base(22)
+    recorder.process_base(22, 23)
 
 
 def test_metrics_follow_vllms_names() -> None:
