@@ -97,10 +97,12 @@ def attend_packed(
     Writes K and V to each context's tail (committed by the caller after the pass); returns the shape and
     dtype of the queries.
     """
-    out = torch.empty_like(queries)
     num_decodes = len(step.decodes)
     if num_decodes:
         _write_decodes(keys[:num_decodes], values[:num_decodes], layer_idx, step)
+    if not step.prefills:
+        return _decode(queries, layer_idx, scale, sliding_window, step).to(queries.dtype)
+    out = torch.empty_like(queries)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     for span in step.prefills:
         rows = slice(span.row, span.row + span.num_tokens)

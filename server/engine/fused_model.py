@@ -23,6 +23,7 @@ from retrieval.geometry import Geometry
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies hang on the length
 ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
 
@@ -75,6 +76,7 @@ class FusedModel:
     def __init__(self, model: Any, geometry: Geometry) -> None:
         self._geometry = geometry
         self._rotary = model.model.rotary_emb
+        self._has_fixed_frequencies = getattr(self._rotary, "rope_type", "") in FIXED_ROPE_TYPES
         self._epsilon = float(model.config.rms_norm_eps)
         windows = geometry.sliding_windows
         layers = [_fuse(layer, window) for layer, window in zip(model.model.layers, windows, strict=True)]
@@ -84,8 +86,8 @@ class FusedModel:
         self._weights = Weights(embedding, layers, model.model.norm.weight.detach(), head, model.lm_head.bias)
         self._wide = self._weights.widened() if _pays_to_widen(model) else None
 
-    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
-        """tokens and positions int64 `[num_tokens]`, wanted int64 rows; logits float32 `[num_wanted, vocab_size]`.
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
+        """tokens and positions int64 `[num_tokens]`, wanted rows; logits float32 `[num_wanted, vocab_size]`.
 
         Where there are wide weights, decode rows go through them together and each prefill through the others by
         itself: products round differently in other shapes, and what a sequence computes should not depend on what
@@ -95,21 +97,31 @@ class FusedModel:
             return self._run(self._weights, tokens, positions, wanted, step).float()
         logits = []
         for part, rows in step.split():
-            inside = wanted[(wanted >= rows.start) & (wanted < rows.stop)] - rows.start
+            inside = [row - rows.start for row in wanted if rows.start <= row < rows.stop]
             weights = self._wide if part.decodes else self._weights
             logits.append(self._run(weights, tokens[rows], positions[rows], inside, part).float())
         return torch.cat(logits)
 
-    def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
+    def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
         hidden = functional.embedding(tokens, weights.embedding)
-        cos, sin = self._rotary(hidden[None], position_ids=positions[None])
-        cos, sin = cos[0, :, None], sin[0, :, None]  # [num_tokens, 1, head_dim]
+        cos, sin = self._rotation(hidden, positions)
         for layer_idx, layer in enumerate(weights.layers):
             hidden = hidden + self._attend(layer, layer_idx, hidden, cos, sin, step)
             hidden = hidden + self._feed_forward(layer, hidden)
         if len(wanted) != len(hidden):
-            hidden = hidden[wanted]
+            hidden = hidden[torch.tensor(wanted, device=hidden.device, dtype=torch.int64)]
         return functional.linear(rms_norm(hidden, weights.norm, self._epsilon), weights.head, weights.head_bias)
+
+    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[num_tokens, 1, head_dim]` in the dtype of `hidden`."""
+        if not self._has_fixed_frequencies:
+            cos, sin = self._rotary(hidden[None], position_ids=positions[None])
+            return cos[0, :, None], sin[0, :, None]
+        angles = (positions[:, None].float() * self._rotary.inv_freq.float()).repeat(1, 2)[:, None]
+        scaling = self._rotary.attention_scaling
+        if scaling == 1.0:
+            return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        return (angles.cos() * scaling).to(hidden.dtype), (angles.sin() * scaling).to(hidden.dtype)
 
     def _attend(
         self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step
@@ -185,7 +197,7 @@ def _fuse(layer: Any, sliding_window: int | None) -> FusedLayer:
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square layer norm in float32, rounded to the input's dtype before the weight is applied."""
     if hidden.dtype == torch.float32:
-        return functional.rms_norm(hidden, weight.shape, weight, epsilon)
+        return torch.rms_norm(hidden, weight.shape, weight, epsilon)
     wide = hidden.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
     return (wide * scale).to(hidden.dtype) * weight

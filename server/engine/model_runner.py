@@ -150,12 +150,11 @@ class ModelRunner:
 
     def _forward(self, work: list[Work], wanted: list[int], step: Step) -> Tensor:
         tokens = torch.tensor([t for item in work for t in item.tokens], device=self.device)
-        positions = torch.cat(
-            [torch.arange(w.context.num_tokens, w.context.num_tokens + len(w.tokens)) for w in work]
-        ).to(self.device)
-        rows = torch.tensor(wanted, device=self.device, dtype=torch.int64)
+        starts = [(item.context.num_tokens, len(item.tokens)) for item in work]
+        positions = torch.tensor([p for start, n in starts for p in range(start, start + n)], device=self.device)
         if self._fused is not None:
-            return self._fused.forward(tokens, positions, rows, step).cpu()
+            return self._fused.forward(tokens, positions, wanted, step).cpu()
+        rows = torch.tensor(wanted, device=self.device, dtype=torch.int64)
         output = self._model(
             input_ids=tokens[None],
             position_ids=positions[None],
