@@ -52,7 +52,7 @@ class IndexFiles:
                 raise file.damaged(f"its index does not fit its segment ({error})") from error
 
     def _identity(self) -> dict[str, Any]:
-        codes = None if self.codes is None else [self.codes.bits, self.codes.seed]
+        codes = None if self.codes is None else [self.codes.bits, self.codes.seed, _codes_format(self.codes.core)]
         said = {"kind": self.kind, "options": self.options, "num_sink_tokens": self.num_sink_tokens, "codes": codes}
         identity: dict[str, Any] = json.loads(json.dumps(said))  # as it comes back from a file
         return identity
@@ -91,6 +91,11 @@ class IndexFiles:
                     one.write_bytes(_read(file, f"{layer_idx}.{kv_head}"))
                     layers[-1].append(kind.load(one, keys[kv_head]))
         return HeadIndexes(begin, layers)
+
+
+def _codes_format(core: Any) -> str:
+    """The version of the core's own format, which its bytes begin with."""
+    return str(core.LayerCodes(1, 8).save()[:8].hex())
 
 
 def _source(name: str, num_bytes: int, pieces: Iterable[bytes]) -> TensorSource:

@@ -61,6 +61,8 @@ def test_an_index_finds_what_it_found(tmp_path: Path, kind: str) -> None:
     assert again is not None
     assert again.begin == SINK
     assert again.nbytes == index.nbytes
+    if kind == "codes":
+        assert [codes.save() for codes in again.layers] == [codes.save() for codes in index.layers]
     for layer_idx in range(GEOMETRY.num_layers):
         for kv_head in range(GEOMETRY.num_kv_heads):
             query = torch.randn(GEOMETRY.head_dim, generator=torch.Generator().manual_seed(layer_idx))
