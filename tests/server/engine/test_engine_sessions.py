@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from server.errors import (
     NotFoundError,
     UnavailableError,
 )
+from server.sessions.disk import Disk
 
 DOC = SessionKey("", "", "doc")
 
@@ -201,6 +203,30 @@ async def test_a_deleted_session_leaves_no_file(tmp_path: Path, make_engine: Any
     again = make_engine(kv_disk_path=str(tmp_path))
     assert again._manager.disk_bytes == 0
     assert (await again.sessions.list("", "", 10, None)).num_sessions == 0
+
+
+async def test_a_deletion_overtakes_a_write_under_way(
+    tmp_path: Path, make_engine: Any, prompt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, go_on = make_engine(kv_disk_path=str(tmp_path)), threading.Event()
+    write = Disk.write
+
+    def slow_write(*args: Any) -> bool:
+        assert go_on.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(Disk, "write", slow_write)
+    for _ in range(2):  # what is used again is written by itself
+        await prefill(engine, prompt(400))
+    assert engine._manager.is_settling
+    await engine.between_steps(engine._manager.wait_for_indexes)
+    await engine.sessions.delete(DOC)
+    go_on.set()
+    for _ in range(500):
+        if not await engine.between_steps(lambda: engine._manager.is_settling):
+            break
+        await asyncio.sleep(0.01)
+    assert (engine._manager.is_settling, engine._manager.disk_bytes) == (False, 0)
 
 
 async def test_deletion_spares_the_files_of_a_tenant_who_has_not_come_back(
