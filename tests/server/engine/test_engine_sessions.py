@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,59 @@ async def test_a_stopped_engine_says_so(make_engine: Any, prompt: Any) -> None:
     await engine.stop(0)
     with pytest.raises(UnavailableError):
         await engine.sessions.get(DOC)
+
+
+async def test_whatever_is_done_with_sessions_answers_stay_right_and_nothing_is_left(
+    tmp_path: Path, make_engine: Any, prompt: Any, tokens_of: Any
+) -> None:
+    documents = [prompt(260, seed=seed) for seed in range(4)]
+    alone = make_engine(attention="full", prefix_caching=False)
+    expected = [tokens_of(await ask(alone, (*ids, 5, 6, 7))) for ids in documents]
+    token_bytes = alone._manager.kv_bytes(1)
+    engine = make_engine(
+        num_retrieved=4096, kv_disk_path=str(tmp_path), kv_host_memory=1500 * token_bytes, max_sessions=6
+    )
+    chance = random.Random(0)
+
+    async def client(number: int) -> int:
+        """Whatever comes to mind; returns how much of it was done."""
+        num_done = 0
+        for _ in range(25):
+            i, key = chance.randrange(4), SessionKey("", "", f"s{chance.randrange(8)}")
+            sessions = engine.sessions
+            try:
+                match chance.randrange(9):
+                    case 0 | 1:
+                        events = await ask(engine, (*documents[i], 5, 6, 7), key)
+                        assert tokens_of(events) == expected[i]
+                    case 2:
+                        await prefill(engine, documents[i], key)
+                    case 3:
+                        await sessions.fork(key, f"s{chance.randrange(8)}")
+                    case 4:
+                        await sessions.pin(key, chance.choice([0, 0.01, None]))
+                    case 5:
+                        await sessions.delete(key)
+                    case 6:
+                        await sessions.save(key)
+                    case 7:
+                        await sessions.restore(key)
+                    case 8:
+                        found = await sessions.list("", "", 100, None)
+                        assert found.bytes.host_kv <= 1500 * token_bytes
+                        await sessions.pin(SessionKey("", "", chance.choice(found.sessions).name), 0)
+                num_done += 1
+            except (ConflictError, NotFoundError, MemoryExhaustedError, IndexError):
+                continue
+        return num_done
+
+    done = await asyncio.gather(*(client(number) for number in range(4)))
+    assert sum(done) > 30
+    for info in (await engine.sessions.list("", "", 100, None)).sessions:
+        await engine.sessions.pin(SessionKey("", "", info.name), 0)
+    await engine.between_steps(engine._manager.wait_for_indexes)
+    for info in (await engine.sessions.list("", "", 100, None)).sessions:
+        await engine.sessions.delete(SessionKey("", "", info.name))
+    manager = engine._manager
+    assert (manager.pinned_bytes, manager.budget.reserved_bytes) == (0, 0)
+    assert all(s.num_references == len(s.children) for s in manager.store)
