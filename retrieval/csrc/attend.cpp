@@ -24,7 +24,7 @@ class Job {
   Job(const LayerQueries& queries, float scale, const Budget& budget, ThreadPool& pool, Arena& arena, bool will_list,
       int first_kv_head = 0)
       : queries_(queries), scale_(scale), budget_(budget), pool_(pool), arena_(arena), will_list_(will_list),
-        first_kv_head_(first_kv_head) {
+        first_kv_head_(first_kv_head), has_ranks_(will_list || budget.k > 0 || budget.min_keys > 1) {
     arena_.reset();
   }
 
@@ -43,7 +43,8 @@ class Job {
   void prepare(Unit& unit);
   void attend_exactly(const Task& task);
   void scan_chunks(const Task& task);
-  void gather(std::size_t at);
+  void gather(Unit& unit);
+  void share_out(std::size_t at);
   void settle_floor(Unit& unit, int k);
   void weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::int64_t& num_rows);
   template <typename Work>
@@ -69,6 +70,7 @@ class Job {
   const bool will_list_;
   bool is_small_ = false;  // waking a worker takes longer than all the work
   const int first_kv_head_;
+  const bool has_ranks_;  // all candidates' scores are needed at once, to find the k best
   std::vector<std::shared_lock<std::shared_mutex>> locks_;
   std::vector<Unit> units_;
   std::vector<Task> exact_tasks_, scan_tasks_, score_tasks_;
@@ -220,7 +222,9 @@ void Job::search(int k) {
   std::vector<std::int64_t> drawn(scan_tasks_.size());
   for_tasks(scan_tasks_, [&](std::size_t i) { drawn[i] = refine(units_[scan_tasks_[i].unit], scan_tasks_[i], scale_); });
   for (const std::int64_t count : drawn) stats_.num_drawn += count;
-  for (std::size_t u = 0; u < units_.size(); ++u) gather(u);
+  for_units([&](Unit& unit) { gather(unit); });
+  for (std::size_t u = 0; u < units_.size(); ++u) share_out(u);
+  if (!has_ranks_) return;
   for_tasks(score_tasks_, [&](std::size_t i) {
     const Task& task = score_tasks_[i];
     Unit& unit = units_[task.unit];
@@ -232,16 +236,21 @@ void Job::search(int k) {
   for_units([&](Unit& unit) { settle_floor(unit, k); });
 }
 
-// What was found is cut to the budget and shared out again.
-void Job::gather(std::size_t at) {
-  Unit& unit = units_[at];
+// What was found is cut to the budget.
+void Job::gather(Unit& unit) {
   keep(unit, static_cast<std::size_t>(std::max({budget_.max_keys, budget_.k, 1})));
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    Scan& scan = unit.scans[s];
+  for (Scan& scan : unit.scans) {
     for (std::int64_t i = scan.end; i < scan.listed_end; ++i) scan.positions.push_back(static_cast<std::int32_t>(i));
     scan.inverses.resize(scan.positions.size(), 1.0f);
+  }
+}
+
+void Job::share_out(std::size_t at) {
+  Unit& unit = units_[at];
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    Scan& scan = unit.scans[s];
     const auto count = static_cast<std::int64_t>(scan.positions.size());
-    scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
+    if (has_ranks_) scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
     stats_.num_scored += unit.queries.num * count;
     stats_.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
     for (std::int64_t first = 0; first < count; first += kTileKeys) {
@@ -261,7 +270,7 @@ void Job::settle_floor(Unit& unit, int k) {
       unit.best[h] = std::max(unit.best[h], kernels().maximum(row, static_cast<int>(count)));
       if (k > 0 || budget_.min_keys > 1) scores.insert(scores.end(), row, row + count);
     }
-    unit.floor[h] = unit.draws[h] > 0.0f ? -kInfinity : floor_of(unit.best[h], scores, k, budget_, scale_);
+    unit.floor[h] = floor_of(unit.best[h], scores, k, budget_, scale_);
   }
 }
 
@@ -279,30 +288,38 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
   Partial& partial = unit.partials[task.slot];
-  const std::size_t stride = scan.positions.size();
+  const Rows keys = scan.part->key_rows(unit.kv_head), values = scan.part->value_rows(unit.kv_head);
+  const std::int32_t* candidates = scan.positions.data() + task.begin;
+  float fresh[kMaxGroup * kTileKeys];
+  if (!has_ranks_) {
+    kernels().score(unit.queries, keys, candidates, 0, static_cast<int>(task.end - task.begin), fresh, kTileKeys);
+  }
+  const float* scores = has_ranks_ ? scan.scores + task.begin : fresh;
+  const std::size_t stride = has_ranks_ ? scan.positions.size() : static_cast<std::size_t>(kTileKeys);
   float weights[kMaxGroup * kTileKeys];
-  float inverses[kTileKeys];
+  float inverses[kTileKeys], floors[kMaxGroup];
   std::int32_t positions[kTileKeys];
+  for (int h = 0; h < unit.queries.num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
   // Keys that matter to any head, moved together.
   int count = 0;
-  for (std::int64_t i = task.begin; i < task.end; ++i) {
+  for (std::int64_t i = 0; i < task.end - task.begin; ++i) {
     bool is_kept = false;
     for (int h = 0; h < unit.queries.num; ++h) {
-      const float score = scan.scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
-      const bool is_mine = score >= unit.floor[h];
+      const float score = scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
+      const bool is_mine = score >= floors[h];
       weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
       is_kept |= is_mine;
       num_retrieved += is_mine ? 1 : 0;
     }
-    positions[count] = scan.positions[static_cast<std::size_t>(i)];
-    inverses[count] = scan.inverses[static_cast<std::size_t>(i)];
+    positions[count] = candidates[i];
+    inverses[count] = scan.inverses[static_cast<std::size_t>(task.begin + i)];
     count += is_kept ? 1 : 0;
   }
   if (count == 0) return;
   num_rows = count;
   for (int h = 0; h < unit.queries.num; ++h) {
-    partial.top[h] = unit.best[h];
-    partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, unit.best[h],
+    partial.top[h] = std::max(unit.best[h], kernels().maximum(weights + h * kTileKeys, count));
+    partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, partial.top[h],
                                              std::numeric_limits<float>::lowest());
     if (unit.draws[h] == 0.0f) continue;
     // What was drawn stands for others too.
@@ -313,8 +330,7 @@ void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::i
     }
     partial.sum[h] = sum;
   }
-  kernels().accumulate(weights, kTileKeys, unit.queries.num, scan.part->value_rows(unit.kv_head), positions, 0, count,
-                       partial.acc);
+  kernels().accumulate(weights, kTileKeys, unit.queries.num, values, positions, 0, count, partial.acc);
 }
 
 void Job::merge(float* out, float* lse) const {
