@@ -1,7 +1,7 @@
-"""Segments on disk: what one directory holds for this model, how it is found, and its quota.
+"""Segments on disk: writing, reading and removing what one directory holds for this model.
 
-Owns the catalogue; the files are `disk_files`' and their format `retrieval.segment_file`'s. Every failure of the
-disk is counted and treated as a miss. Any thread may call; `write` and `read` take long.
+Owns the catalogue and the quota; the files are `disk_files`' and their format `retrieval.segment_file`'s. Every
+failure of the disk is counted and treated as a miss. Any thread may call; `write` and `read` take long.
 
     DIRECTORY/lock                   held while a server runs
     DIRECTORY/MODEL/DIGEST.segment   K and V, a safetensors file; the segment is there when this file is
@@ -11,9 +11,8 @@ disk is counted and treated as a miss. Any thread may call; `write` and `read` t
 
 from __future__ import annotations
 
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -22,42 +21,17 @@ import numpy as np
 from retrieval.geometry import Geometry
 from retrieval.index_files import IndexFiles
 from retrieval.kv_buffer import KvBuffer
-from retrieval.segment_file import PrefixDigests, SegmentRecord, read_record, read_segment, segment_bytes, write_segment
+from retrieval.segment_file import SegmentRecord, read_record, read_segment, segment_bytes, write_segment
 from retrieval.segment_index import SegmentIndex
-from retrieval.segments import TokenIds, common_prefix
+from retrieval.segments import TokenIds
 from retrieval.tensor_file import TensorFileError
 from server.engine.recorder import Recorder
+from server.sessions.catalogue import Catalogue, DiskEntry
 from server.sessions.disk_files import DiskFiles, lock_directory
 from server.sessions.policy import Candidate, choose_victims, prefill_seconds
 
 INDEX_HEADER_BYTES = 4096  # about
 FREE_SHARE = 0.5  # of the file system's free bytes: the quota where none is given
-
-
-@dataclass(eq=False, slots=True)
-class DiskEntry:
-    """One segment on disk."""
-
-    record: SegmentRecord
-    kv_bytes: int
-    index_bytes: int = 0
-    last_used: float = field(default_factory=time.time)  # wall clock, as the file's mtime: it outlives the process
-    num_hits: int = 0
-    is_kept: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its files."""
-        return self.kv_bytes + self.index_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """What an entry adds to a prefix: tokens `[begin, end)`; those before it are held, wherever."""
-
-    entry: DiskEntry
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +86,7 @@ class Disk:
         self.model = model
         self._files, self._lock, self._geometry = files, lock, geometry
         self._indexes, self._recorder, self._pin_memory = indexes, recorder, pin_memory
-        self._entries: dict[bytes, DiskEntry] = {}
-        self._guard = threading.Lock()  # of the entries; never held while a file is touched
+        self.catalogue = Catalogue()
 
     def scan(self) -> None:
         """Fill the catalogue from the directory: headers and token ids are checked now, K and V when they are read."""
@@ -131,9 +104,7 @@ class Disk:
                 continue
             index, is_kept = path.with_suffix(".index"), path.with_suffix(".keep").exists()
             index_bytes = index.stat().st_size if index.exists() else 0
-            with self._guard:
-                entry = DiskEntry(record, status.st_size, index_bytes, status.st_mtime, is_kept=is_kept)
-                self._entries[record.digest] = entry
+            self.catalogue.add(DiskEntry(record, status.st_size, index_bytes, status.st_mtime, is_kept=is_kept))
 
     # --- what is there --------------------------------------------------------------------------------
 
@@ -147,56 +118,15 @@ class Disk:
         """Whether indexes are written too."""
         return self._indexes is not None
 
-    def get(self, digest: bytes) -> DiskEntry | None:
-        """The entry of a segment whose K and V are safely on disk."""
-        with self._guard:
-            return self._entries.get(digest)
-
-    def entries(self) -> list[DiskEntry]:
-        """All entries now."""
-        with self._guard:
-            return list(self._entries.values())
-
     def stats(self) -> DiskStats:
         """Figures for metrics."""
-        entries = self.entries()
+        entries = self.catalogue.entries()
         kv_bytes, index_bytes = sum(e.kv_bytes for e in entries), sum(e.index_bytes for e in entries)
         return DiskStats(len(entries), kv_bytes, index_bytes, self.limit_bytes)
 
-    def longer_than(self, reach: int, token_ids: TokenIds, salt: str) -> list[Extension]:
-        """Entries that, one after the other, carry a prefix of `reach` tokens further.
-
-        How the prefix before them is cut does not matter, nor where it is held.
-        """
-        found = [
-            (entry, entry.record.start + common_prefix(entry.record.token_ids, token_ids[entry.record.start :]))
-            for entry in self._continuing(token_ids, salt)
-        ]
-        chain: list[Extension] = []
-        while further := [(entry, end) for entry, end in found if entry.record.start <= reach < end]:
-            entry, end = max(further, key=lambda item: item[1])
-            chain.append(Extension(entry, reach, end))
-            reach = end
-        return chain
-
-    def serving(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:
-        """Entries that hold tokens of a context."""
-        return [
-            entry
-            for entry in self._continuing(token_ids, salt)
-            if common_prefix(entry.record.token_ids, token_ids[entry.record.start :])
-        ]
-
-    def _continuing(self, token_ids: TokenIds, salt: str) -> list[DiskEntry]:
-        """Entries whose tokens before their own are the prompt's."""
-        entries = [e for e in self.entries() if e.record.start < len(token_ids)]
-        digests = PrefixDigests(salt, token_ids)
-        above = {start: digests.at(start) for start in sorted({e.record.start for e in entries})}
-        return [e for e in entries if above[e.record.start] == e.record.above]
-
     def touch(self, digest: bytes) -> None:
         """Note a use; on the disk itself at most once a minute."""
-        entry, now = self.get(digest), time.time()
+        entry, now = self.catalogue.get(digest), time.time()
         if entry is not None:
             entry.num_hits += 1
             if now - entry.last_used > 60.0:
@@ -205,7 +135,7 @@ class Disk:
 
     def keep(self, digest: bytes, is_kept: bool) -> None:
         """Whether the quota must leave this entry alone; survives a restart."""
-        entry = self.get(digest)
+        entry = self.catalogue.get(digest)
         if entry is not None and entry.is_kept != is_kept:
             entry.is_kept = is_kept
             self._files.mark(digest, is_kept)
@@ -215,7 +145,7 @@ class Disk:
     def write(self, segment: Outgoing) -> bool:
         """Put a segment on disk unless it is there, or worth less than what would have to go; whether it is there."""
         record = segment.record
-        if self.get(record.digest) is None:
+        if self.catalogue.get(record.digest) is None:
             if not self._make_room(segment):
                 return False
             started = time.perf_counter()
@@ -226,9 +156,8 @@ class Disk:
                 return False
             self._recorder.disk("write", written, time.perf_counter() - started)
             self._files.touch(record.digest, segment.last_used)
-            with self._guard:
-                entry = DiskEntry(record, written, last_used=segment.last_used, num_hits=segment.num_hits)
-                self._entries[record.digest] = entry
+            entry = DiskEntry(record, written, last_used=segment.last_used, num_hits=segment.num_hits)
+            self.catalogue.add(entry)
             self._drop_superseded(record, segment.salt, segment.context_ids)
         if segment.is_kept:
             self.keep(record.digest, True)
@@ -237,7 +166,7 @@ class Disk:
         return True
 
     def _write_index(self, digest: bytes, index: SegmentIndex) -> None:
-        entry, indexes = self.get(digest), self._indexes
+        entry, indexes = self.catalogue.get(digest), self._indexes
         if entry is not None and not entry.index_bytes and indexes is not None:
             entry.index_bytes = self._files.write(digest, "index", lambda p: indexes.write(p, digest, index)) or 0
 
@@ -251,7 +180,7 @@ class Disk:
             segment.num_hits,
             segment.is_kept,
         )
-        entries, now = self.entries(), time.time()
+        entries, now = self.catalogue.entries(), time.time()
         room = min(self.limit_bytes - sum(e.num_bytes for e in entries), self._files.free_bytes())
         if room >= newcomer.num_bytes:
             return True
@@ -270,7 +199,7 @@ class Disk:
 
     def _drop_superseded(self, record: SegmentRecord, salt: str, context_ids: TokenIds) -> None:
         """Remove what the new entry holds too: parts it was merged from, earlier turns of the same chat."""
-        for entry in self._continuing(context_ids, salt):
+        for entry in self.catalogue.continuing(context_ids, salt):
             other = entry.record
             if other.digest == record.digest or other.start < record.start or other.end > record.end:
                 continue
@@ -283,7 +212,7 @@ class Disk:
 
     def read(self, digest: bytes) -> Stored | None:
         """A segment read and checked as a whole; None, and the entry is forgotten, if that cannot be."""
-        path, entry, started = self._files.path(digest, "segment"), self.get(digest), time.perf_counter()
+        path, entry, started = self._files.path(digest, "segment"), self.catalogue.get(digest), time.perf_counter()
         if entry is None:
             return None  # the quota was faster
         try:
@@ -300,7 +229,7 @@ class Disk:
         return Stored(record, kv, index)
 
     def _read_index(self, record: SegmentRecord, kv: KvBuffer) -> SegmentIndex | None:
-        entry = self.get(record.digest)
+        entry = self.catalogue.get(record.digest)
         if self._indexes is None or entry is None or not entry.index_bytes:
             return None
         index = None
@@ -320,8 +249,7 @@ class Disk:
 
     def remove(self, digest: bytes, reason: str, delete: bool = True) -> int:
         """Forget an entry, and delete its files; returns the bytes freed."""
-        with self._guard:
-            entry = self._entries.pop(digest, None)
+        entry = self.catalogue.pop(digest)
         if entry is None:
             return 0
         if delete:

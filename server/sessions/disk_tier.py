@@ -17,7 +17,8 @@ import numpy as np
 
 from retrieval.segment_file import PrefixDigests, SegmentRecord
 from retrieval.segments import Path, PathEntry, PathHold, Segment, SegmentStore, TokenIds, path_to, segment_digest
-from server.sessions.disk import Disk, DiskEntry, Extension, Outgoing, Stored
+from server.sessions.catalogue import DiskEntry, Extension
+from server.sessions.disk import Disk, Outgoing, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class DiskTier:
 
     def is_saved(self, digest: bytes) -> bool:
         """Whether K and V are safely on disk."""
-        return self.disk.get(digest) is not None
+        return self.disk.catalogue.get(digest) is not None
 
     def used(self, path: Path) -> None:
         """A request found these: what is used again is worth a write, before the server has to end."""
@@ -134,11 +135,11 @@ class DiskTier:
     def forget(self, digest: bytes) -> None:
         """Let no file come of a write under way, unless there was one before."""
         save = self._saves.get(digest)
-        if save is not None and self.disk.get(digest) is None:
+        if save is not None and self.disk.catalogue.get(digest) is None:
             save.is_kept, save.is_deleted = False, True
 
     def _lacks(self, segment: Segment) -> bool:
-        entry = self.disk.get(segment.digest)
+        entry = self.disk.catalogue.get(segment.digest)
         return entry is None or (segment.index is not None and not entry.index_bytes and self.disk.keeps_indexes)
 
     def _submit(self, segment: Segment, is_kept: bool) -> Future[bool]:
@@ -165,7 +166,7 @@ class DiskTier:
     def missing(self, token_ids: TokenIds, salt: str) -> list[Extension]:
         """What would carry the prefix held in memory further."""
         path = self._store.longest_prefix(token_ids, salt)
-        return self.disk.longer_than(path[-1].end if path else 0, token_ids, salt)
+        return self.disk.catalogue.longer_than(path[-1].end if path else 0, token_ids, salt)
 
     def is_loading(self, entries: Iterable[DiskEntry]) -> bool:
         """Whether the first of them is being read for this or another request."""
@@ -250,7 +251,7 @@ class DiskTier:
             if save.is_kept:
                 self.disk.keep(digest, True)
         self.disk.close()
-        logger.info("kept %d segments on disk (%.1f s)", len(self.disk.entries()), time.monotonic() - started)
+        logger.info("kept %d segments on disk (%.1f s)", len(self.disk.catalogue.entries()), time.monotonic() - started)
 
 
 def _bytes(segment: Segment) -> int:

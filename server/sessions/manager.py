@@ -23,9 +23,11 @@ from retrieval.segments import Path, PathHold, Segment, SegmentStore, TokenIds
 from server.engine.recorder import Recorder
 from server.errors import DiskUnavailableError, MemoryExhaustedError
 from server.sessions.budget import Budget
-from server.sessions.disk import Disk, DiskStats, Extension
-from server.sessions.disk_tier import MIN_SAVED_TOKENS, DiskTier
-from server.sessions.policy import Candidate, Victim, choose_victims, index_seconds, prefill_seconds, read_seconds
+from server.sessions.catalogue import Extension
+from server.sessions.disk import Disk, DiskStats
+from server.sessions.disk_tier import DiskTier
+from server.sessions.eviction import Evictor
+from server.sessions.policy import prefill_seconds, read_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class SessionManager:
         self._compactor = self._make_compactor() if compacts else None
         self._pins: set[PathHold] = set()  # their paths follow when segments are replaced
         self._tier = DiskTier(disk, self.store, self.release, self._spilled, self._index) if disk is not None else None
+        self._evictor = Evictor(self.store, self._tier, recorder)
 
     def _make_compactor(self) -> Compactor:
         index_of = self._builder.merged if self._builder is not None else None
@@ -80,6 +83,10 @@ class SessionManager:
     def _reserve_tokens(self, num_tokens: int) -> int | None:
         num_bytes = self.worst_case_bytes(num_tokens)
         return num_bytes if self.reserve(num_bytes) else None
+
+    def _spilled(self, segment: Segment, is_saved: bool) -> None:
+        self.num_changes += 1
+        self._evictor.spilled(segment, is_saved)
 
     def settle(self) -> None:
         """Take over what background threads have finished. Between two steps only."""
@@ -105,7 +112,7 @@ class SessionManager:
     def reserve(self, num_bytes: int) -> bool:
         """Take `num_bytes` of the budget, evicting idle segments if it must and if that is enough; False: not now."""
         shortfall = self.budget.shortfall(num_bytes, self.held_bytes())
-        if shortfall and not self._evict(shortfall):
+        if shortfall and not self._evictor.evict(shortfall):
             return False
         self.budget.reserve(num_bytes)
         return True
@@ -116,7 +123,7 @@ class SessionManager:
         self.budget.release(num_bytes)
         excess = self.budget.shortfall(0, self.held_bytes())
         if excess:
-            self._evict(excess, even_if_short=True)
+            self._evictor.evict(excess, even_if_short=True)
 
     def held_bytes(self) -> int:
         """Bytes of all segments, indexes included, and of those that only a write to disk still holds."""
@@ -246,7 +253,7 @@ class SessionManager:
 
     def num_tokens_saved(self, token_ids: TokenIds, salt: str) -> int:
         """Length of the longest prefix that the disk alone can give back."""
-        chain = self._tier.disk.longer_than(0, token_ids, salt) if self._tier is not None else []
+        chain = self._tier.disk.catalogue.longer_than(0, token_ids, salt) if self._tier is not None else []
         return chain[-1].end if chain else 0
 
     def give_up(self, token_ids: TokenIds, salt: str, others: Iterable[tuple[TokenIds, str]], *, deletes: bool) -> int:
@@ -257,8 +264,8 @@ class SessionManager:
         if self._tier is None:
             return 0
         disk, num_bytes = self._tier.disk, 0
-        needed = {e.record.digest for ids, other_salt in others for e in disk.serving(ids, other_salt)}
-        for entry in disk.serving(token_ids, salt):
+        needed = {e.record.digest for ids, other_salt in others for e in disk.catalogue.serving(ids, other_salt)}
+        for entry in disk.catalogue.serving(token_ids, salt):
             digest, run = entry.record.digest, token_ids[entry.record.start : entry.record.end]
             if digest in needed or not np.array_equal(entry.record.token_ids, run):
                 continue
@@ -341,7 +348,7 @@ class SessionManager:
         """Bytes on disk that serve some contexts (token ids, salt), each file once."""
         if self._tier is None:
             return 0
-        found = {e.record.digest: e for ids, salt in contexts for e in self._tier.disk.serving(ids, salt)}
+        found = {e.record.digest: e for ids, salt in contexts for e in self._tier.disk.catalogue.serving(ids, salt)}
         return sum(entry.num_bytes for entry in found.values())
 
     def num_tokens_on_disk(self, token_ids: TokenIds, salt: str) -> int:
@@ -400,74 +407,6 @@ class SessionManager:
     def _index(self, segment: Segment, sample: QuerySample | None = None, online: OnlineCodes | None = None) -> None:
         if self._builder is not None and segment.num_tokens >= self._static.seal_tokens:
             self._builder.submit(segment, sample, online)
-
-    def _evict(self, num_bytes: int, even_if_short: bool = False) -> bool:
-        """Free `num_bytes` of idle segments; False if that is not so (yet): what is not on disk is written first.
-
-        When they cannot give that much, nothing is evicted unless `even_if_short`.
-        """
-        missing = num_bytes - (self._tier.spilling_bytes if self._tier is not None else 0)
-        victims = choose_victims(self._candidates(), missing)
-        if sum(victim.num_bytes for victim in victims) < missing and not even_if_short:
-            return False
-        return sum(map(self._evict_one, victims)) >= num_bytes
-
-    def _evict_one(self, victim: Victim) -> int:
-        """Bytes freed now; 0 where that takes a write, or where what continues it has not gone yet."""
-        segment = self.store.get(victim.key)
-        if segment is None or (victim.part == "segment" and segment.num_references):
-            return 0
-        if victim.part == "index":
-            segment.index, segment.index_state = None, "none"
-            self._recorder.eviction("host", "index", victim.num_bytes)
-        elif self._tier is None or segment.num_tokens < MIN_SAVED_TOKENS:
-            self._remove(segment, "budget")
-        elif self._tier.is_saved(segment.digest):
-            self._remove(segment, "to_disk")
-        else:
-            self._tier.save(segment, is_spill=True)
-            return 0
-        return victim.num_bytes
-
-    def _spilled(self, segment: Segment, is_saved: bool) -> None:
-        """The write that eviction has waited for has ended; it may have failed, and memory is short all the same."""
-        self.num_changes += 1
-        is_idle = segment.num_references == 0 and segment.index_state != "building"
-        if is_idle and self.store.get(segment.digest) is segment:
-            self._remove(segment, "to_disk" if is_saved else "unsaved")
-
-    def _remove(self, segment: Segment, reason: str) -> None:
-        self.store.remove(segment)
-        self._recorder.eviction("host", reason, segment.kv_bytes + segment.index_bytes)
-
-    def _candidates(self) -> list[Candidate]:
-        """Segments that no context holds; those being indexed or written wait."""
-        now = time.monotonic()
-        return [
-            self._candidate(s, now)
-            for s in self.store
-            if s.num_references == len(s.children) and s.index_state != "building" and not self._is_leaving(s)
-        ]
-
-    def _is_leaving(self, segment: Segment) -> bool:
-        return self._tier is not None and self._tier.is_spilling(segment.digest)
-
-    def _candidate(self, segment: Segment, now: float) -> Candidate:
-        """Where there is a disk, K and V come back so fast that giving up an index first would save nothing."""
-        num_bytes = segment.kv_bytes + segment.index_bytes
-        is_rebuilt = self._tier is None or segment.num_tokens < MIN_SAVED_TOKENS
-        prefill = prefill_seconds(segment.start, segment.num_tokens)
-        return Candidate(
-            key=segment.digest,
-            parent=segment.parent.digest if segment.parent else None,
-            num_bytes=num_bytes,
-            restore_seconds=prefill if is_rebuilt else read_seconds(num_bytes),
-            idle_seconds=max(0.0, now - segment.last_used),
-            num_references=len(segment.children),
-            num_hits=segment.num_hits,
-            index_bytes=segment.index_bytes if segment.index_state == "ready" else 0,
-            index_seconds=index_seconds(segment.num_tokens),
-        )
 
 
 def _worth_reading(chain: list[Extension]) -> list[Extension]:

@@ -14,7 +14,6 @@ from server.errors import MemoryExhaustedError
 def reading_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of these tests are computed faster than a file of theirs is opened."""
     monkeypatch.setattr("server.sessions.disk_tier.MIN_SAVED_TOKENS", 16)
-    monkeypatch.setattr("server.sessions.manager.MIN_SAVED_TOKENS", 16)
     monkeypatch.setattr("server.sessions.manager.read_seconds", lambda _: 0.0)
 
 

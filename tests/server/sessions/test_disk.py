@@ -124,7 +124,6 @@ class Server:
 @pytest.fixture(autouse=True)
 def short_segments_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_tier, "MIN_SAVED_TOKENS", 16)
-    monkeypatch.setattr("server.sessions.manager.MIN_SAVED_TOKENS", 16)
     monkeypatch.setattr("server.sessions.policy.read_seconds", lambda _: 0.0)
     monkeypatch.setattr("server.sessions.manager.read_seconds", lambda _: 0.0)
 
