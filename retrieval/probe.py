@@ -61,6 +61,8 @@ class LiveProbe:
         try:
             assert run.indexed is not None
             index = run.indexed.index
+            if index is None:
+                return  # evicted since the step
             found = index.search(layer_idx, kv_head, query, self._k, run.end) - index.begin
             keys = run.kv.read_keys(layer_idx, index.begin, run.end)[kv_head]
             quality = measure(query, keys, found, self._k, self._scale)

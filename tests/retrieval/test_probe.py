@@ -127,3 +127,14 @@ def test_a_check_that_fails_is_logged_and_harms_nothing(world: Any, caplog: pyte
         probe.close()
     assert caplog.text.count("live recall check failed") == 1
     assert measured == [(1.0, 1.0)]
+
+
+def test_an_index_that_was_evicted_meanwhile_is_not_measured(world: Any, caplog: pytest.LogCaptureFixture) -> None:
+    measured: list[tuple[float, float]] = []
+    probe = LiveProbe(4, world.scale, lambda *quality: measured.append(quality))
+    run = indexed_run(world)
+    run.indexed.index = None
+    with caplog.at_level(logging.ERROR):
+        probe.submit(world.randn(16), run, 0, 0)
+        probe.close()
+    assert (measured, caplog.text) == ([], "")

@@ -303,6 +303,26 @@ def test_a_long_file_is_not_read_for_a_few_tokens(make_server: Any, monkeypatch:
 # --- eviction -------------------------------------------------------------------------------------------
 
 
+def test_an_index_is_given_up_before_its_segment_and_built_again_when_used(
+    make_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a disk, where the bytes of indexes suffice and building one costs little."""
+    monkeypatch.setattr("server.sessions.eviction.index_seconds", lambda _: 0.0)
+    server = make_server(has_disk=False, has_index=True)
+    document = prompt(1, 200)
+    server.read(document)
+    (segment,) = server.manager.store
+    assert segment.index_state == "ready"
+    server.manager.budget.limit_bytes = server.manager.held_bytes()
+    assert server.manager.reserve(segment.index_bytes)
+    assert (segment.index, segment.index_state) == (None, "none")
+    assert server.recorder.evictions == {("host", "index"): 1}
+    server.manager.release(server.manager.budget.reserved_bytes)
+    server.manager.budget.limit_bytes *= 10
+    assert server.read([*document, 7]) == 200
+    assert segment.index_state == "ready"
+
+
 def test_memory_moves_to_disk_and_comes_back(make_server: Any) -> None:
     server = make_server(limit_tokens=150)
     prompts = [prompt(seed) for seed in range(5)]
