@@ -1,0 +1,36 @@
+"""What the process holds, as the system says."""
+
+from __future__ import annotations
+
+import mmap
+import time
+
+from server import memory
+from server.memory import Trimmer
+
+
+def test_the_peak_is_remembered_until_it_is_forgotten() -> None:
+    if not memory.forget_peak():
+        return  # a system that does not allow it
+    size = 64 << 20
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.write(b"x" * size)
+    pages.close()
+    assert memory.peak_bytes() >= memory.resident_bytes() + size // 2
+    memory.forget_peak()
+    assert memory.peak_bytes() < memory.resident_bytes() + size // 2
+
+
+def test_trimming_gives_freed_blocks_back_although_later_ones_live() -> None:
+    blocks = [bytes(50_000) for _ in range(2000)]
+    kept = blocks[::100]
+    full = memory.resident_bytes()
+    del blocks
+    trimmer = Trimmer(interval_seconds=0.01, growth_bytes=-(1 << 40))  # at every look
+    trimmer.start()
+    deadline = time.monotonic() + 10
+    while memory.resident_bytes() > full - 50 * 1_000_000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    trimmer.close()
+    assert memory.resident_bytes() <= full - 50 * 1_000_000
+    assert len(kept) == 20
