@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import random
 import sys
 import time
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +98,13 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     root = args.base_url.removesuffix("/").removesuffix("/v1")
     async with httpx.AsyncClient(base_url=root, headers={"Authorization": f"Bearer {args.api_key}"}, timeout=60) as ops:
         args.model = (await ops.get("/v1/models")).json()["data"][0]["id"]
-        idle_ms = [await health_ms(ops) for _ in range(50)]
-        await drive(args, ops, args.warm_up_minutes, "warm-up")
+        idle = HealthProbe(root)
+        await asyncio.sleep(10)
+        idle_ms, _ = await asyncio.to_thread(idle.end)
+        await drive(args, root, args.warm_up_minutes, "warm-up")
         leaked = await settled_gauges(ops)
         before = await metrics(ops)
-        tally = await drive(args, ops, args.minutes, "run")
+        tally = await drive(args, root, args.minutes, "run")
         leaked |= await settled_gauges(ops)
         after = await metrics(ops)
         is_healthy = (await ops.get("/health")).status_code == 200
@@ -142,14 +147,16 @@ def disagreements(seen: Counter[str], ends: dict[str, int]) -> list[str]:
     return problems
 
 
-async def drive(args: argparse.Namespace, ops: httpx.AsyncClient, minutes: float, name: str) -> Tally:
+async def drive(args: argparse.Namespace, root: str, minutes: float, name: str) -> Tally:
     """All clients until the time is over and their last requests have ended."""
     tally, deadline = Tally(), time.monotonic() + 60 * minutes
-    watch = asyncio.create_task(watch_health(ops, tally))
+    health = HealthProbe(root)
     clients = [one_client(args, random.Random(f"{args.seed}/{name}/{i}"), tally, deadline) for i in range(args.clients)]
     await asyncio.gather(*clients)
-    watch.cancel()
-    await asyncio.gather(watch, return_exceptions=True)
+    tally.health_ms, unhealthy = await asyncio.to_thread(health.end)
+    for message in unhealthy:
+        tally.outcomes["unhealthy"] += 1
+        tally.messages[f"health: {message}"[:200]] += 1
     print(f"{name}: {dict(tally.outcomes)}", flush=True)
     return tally
 
@@ -236,21 +243,35 @@ async def ask_whole(client: AsyncOpenAI, body: dict[str, Any], tally: Tally) -> 
     return "finished" if is_whole else "broken"
 
 
-async def watch_health(ops: httpx.AsyncClient, tally: Tally) -> None:
-    while True:
+class HealthProbe:
+    """Asks /health five times a second from a process of its own: the clients' one is too busy to keep time."""
+
+    def __init__(self, root: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._end, theirs = context.Pipe()
+        self._process = context.Process(target=probe_health, args=(root, theirs), daemon=True)
+        self._process.start()
+
+    def end(self) -> tuple[list[float], list[str]]:
+        """Milliseconds of each answer, and what went wrong."""
+        self._end.send(None)
+        answers: tuple[list[float], list[str]] = self._end.recv()
+        self._process.join()
+        return answers
+
+
+def probe_health(root: str, end: Connection) -> None:
+    milliseconds: list[float] = []
+    errors: list[str] = []
+    while not end.poll(0.2):
+        started = time.perf_counter()
         try:
-            tally.health_ms.append(await health_ms(ops))
-        except httpx.HTTPError as error:
-            tally.outcomes["unhealthy"] += 1
-            tally.messages[f"health: {error!r}"[:200]] += 1
-        await asyncio.sleep(0.2)
-
-
-async def health_ms(ops: httpx.AsyncClient) -> float:
-    """Under load this holds the time that this process itself is busy, too."""
-    started = time.perf_counter()
-    (await ops.get("/health")).raise_for_status()
-    return 1000 * (time.perf_counter() - started)
+            with urllib.request.urlopen(f"{root}/health", timeout=60) as response:
+                response.read()
+        except OSError as error:
+            errors.append(repr(error))
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    end.send((milliseconds, errors))
 
 
 async def metrics(ops: httpx.AsyncClient) -> dict[str, float]:
