@@ -31,7 +31,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # One question per file; each prints its own baseline and ends with one JSON line. `make bench BENCH=decode ARGS=…`
-# runs one; load needs a running server, and capture only records what index can read.
+# runs one; load and throughput need a running server, fairness takes minutes, and capture only records what index can
+# read.
 BENCH ?= prefill decode index
 bench: $(STAMP)
 	@set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python scripts/bench/$$name.py $(ARGS); done
