@@ -172,12 +172,49 @@ async def test_not_a_number_is_refused(client: httpx.AsyncClient) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "temperature")
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"x": [value]}
+    return {"type": "object", "default": value}
+
+
+DEEP = nested(100)
+FUNCTION = {"name": "f", "parameters": DEEP}
+
+
 async def test_deeply_nested_template_arguments_are_refused(client: httpx.AsyncClient) -> None:
-    nested: Any = 1
-    for _ in range(200):
-        nested = [nested]
-    response = await client.post(CHAT, json=HELLO | {"chat_template_kwargs": {"x": nested}})
+    response = await client.post(CHAT, json=HELLO | {"chat_template_kwargs": DEEP})
     assert (response.status_code, error_of(response)["param"]) == (400, "chat_template_kwargs")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"guided_json": DEEP}),
+        (CHAT, {"structured_outputs": {"json": DEEP}}),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": DEEP}}}),
+        (CHAT, {"tools": [{"type": "function", "function": FUNCTION}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **FUNCTION}]}),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": DEEP}}}),
+        ("/v1/messages", {"max_tokens": 5, "tools": [{"name": "f", "input_schema": DEEP}]}),
+        ("/tokenize", {"tools": [{"type": "function", "function": FUNCTION}]}),
+        ("/v1/sessions", {"chat_template_kwargs": DEEP}),
+    ],
+)
+async def test_free_json_may_not_nest_deeply_anywhere(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any]
+) -> None:
+    body = fields if "input" in fields else HELLO | fields
+    response = await client.post(path, json=body)
+    assert response.status_code == 400
+    assert "nested deeper" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "a%00b", "demo%2f..%2fdemo"])
+async def test_path_names_a_model_and_no_file(client: httpx.AsyncClient, name: str) -> None:
+    response = await client.get(f"/v1/models/{name}")
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
 
 
 async def test_body_of_another_type_is_a_bad_request(client: httpx.AsyncClient) -> None:

@@ -137,7 +137,8 @@ async def test_cors_is_off_unless_configured(make_client: MakeClient) -> None:
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
 
 
-async def test_preflight_needs_no_key(make_client: MakeClient) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_preflight_needs_no_key(make_client: MakeClient, method: str) -> None:
     client = make_client(cors_allow_origins=["*"], api_key=["one"])
-    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": method}
     assert (await client.options("/v1/chat/completions", headers=headers)).status_code == 200
