@@ -55,11 +55,13 @@ class Graph:
 
     def __init__(
         self,
-        degree: int = 32,
-        num_pivots: int = 8,
+        degree: int = 48,
+        num_pivots: int = 16,
         extra_degree: int = 8,
         link_width: int = 32,
-        num_entries: int = 8,
+        num_voters: int = 64,
+        start_share: int = 64,
+        min_calls: int = 2,
     ) -> None: ...
     def build(self, keys: Tensor, queries: Tensor, lists: Tensor) -> None:
         """keys `[num_keys, head_dim]` bf16, fp16 or fp32; queries float32 `[num_lists, head_dim]`; lists int32
@@ -77,18 +79,18 @@ class Graph:
         positions: Tensor,
         scores: Tensor,
         hints: list[list[int]] = ...,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Best-first search with `width` keys in view; fills positions int64 and scores float32 `[num_queries, k]` as
         `search` does, positions below `limit` only. hints: per query, positions to begin with besides the entry
-        points (the last step's hits). Returns the number of exact inner products."""
+        points (the last step's hits). Returns the number of inner products with keys and with sampled queries."""
 
     @property
     def num_keys(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
-    def save(self) -> tuple[bytes, bytes, bytes, bytes]: ...
+    def save(self) -> tuple[bytes, bytes, bytes, bytes, bytes]: ...
     def restore(
-        self, edges: bytes, entry_queries: bytes, entries: bytes, centre: bytes, num_keys: int, head_dim: int
+        self, edges: bytes, samples: bytes, lists: bytes, groups: bytes, metric: bytes, num_keys: int, head_dim: int
     ) -> None: ...
 
 class Budget:

@@ -342,7 +342,7 @@ void insert_into_graph(Graph& graph, const Array& keys) {
   graph.insert(rows, num_keys, *pool);
 }
 
-std::int64_t search_graph(const Graph& graph, const Array& keys, const Floats& queries, int width, std::int64_t limit,
+nb::tuple search_graph(const Graph& graph, const Array& keys, const Floats& queries, int width, std::int64_t limit,
                           const Integers& positions, const Floats& scores,
                           const std::vector<std::vector<std::int32_t>>& hints) {
   const Rows rows = key_matrix(keys);
@@ -353,18 +353,24 @@ std::int64_t search_graph(const Graph& graph, const Array& keys, const Floats& q
           "positions and scores must be [num_queries, k]");
   require(hints.empty() || hints.size() == queries.shape(0), "hints are one list per query, or none");
   const auto pool = pool_owner().get();
-  const nb::gil_scoped_release release;
   const auto k = static_cast<int>(positions.shape(1));
-  std::vector<std::int64_t> scored(queries.shape(0));
-  pool->run(static_cast<std::int64_t>(queries.shape(0)), [&](std::int64_t i) {
-    const auto at = static_cast<std::size_t>(i);
-    static const std::vector<std::int32_t> no_hints;
-    scored[at] = graph.search(rows, queries.data() + at * keys.shape(1), k, width, limit,
-                              hints.empty() ? no_hints : hints[at], positions.data() + i * k, scores.data() + i * k);
-  });
-  std::int64_t total = 0;
-  for (const std::int64_t count : scored) total += count;
-  return total;
+  std::vector<Graph::Cost> costs(queries.shape(0));
+  const auto run = [&] {
+    const nb::gil_scoped_release release;
+    pool->run(static_cast<std::int64_t>(queries.shape(0)), [&](std::int64_t i) {
+      const auto at = static_cast<std::size_t>(i);
+      static const std::vector<std::int32_t> no_hints;
+      costs[at] = graph.search(rows, queries.data() + at * keys.shape(1), k, width, limit,
+                               hints.empty() ? no_hints : hints[at], positions.data() + i * k, scores.data() + i * k);
+    });
+  };
+  run();
+  Graph::Cost total;
+  for (const Graph::Cost& cost : costs) {
+    total.num_scored += cost.num_scored;
+    total.num_compared += cost.num_compared;
+  }
+  return nb::make_tuple(total.num_scored, total.num_compared);
 }
 
 template <typename T>
@@ -408,11 +414,13 @@ NB_MODULE(_core, m) {
       .def_static("load", [](const nb::bytes& data) { return LayerCodes::load(data.c_str(), data.size()); }, "data"_a);
 
   nb::class_<Graph>(m, "Graph")
-      .def("__init__", [](Graph* self, int degree, int num_pivots, int extra_degree, int link_width, int num_entries) {
-        new (self) Graph({degree, num_pivots, extra_degree, link_width, num_entries});
+      .def("__init__", [](Graph* self, int degree, int num_pivots, int extra_degree, int link_width, int num_voters,
+                          int start_share, int min_calls) {
+        new (self) Graph({degree, num_pivots, extra_degree, link_width, num_voters, start_share, min_calls});
       }, "degree"_a = GraphOptions{}.degree, "num_pivots"_a = GraphOptions{}.num_pivots,
          "extra_degree"_a = GraphOptions{}.extra_degree, "link_width"_a = GraphOptions{}.link_width,
-         "num_entries"_a = GraphOptions{}.num_entries)
+         "num_voters"_a = GraphOptions{}.num_voters, "start_share"_a = GraphOptions{}.start_share,
+         "min_calls"_a = GraphOptions{}.min_calls)
       .def("build", &build_graph, "keys"_a.noconvert(), "queries"_a.noconvert(), "lists"_a.noconvert())
       .def("insert", &insert_into_graph, "keys"_a.noconvert())
       .def("search", &search_graph, "keys"_a.noconvert(), "queries"_a.noconvert(), "width"_a, "limit"_a,
@@ -421,14 +429,14 @@ NB_MODULE(_core, m) {
       .def_prop_ro("nbytes", &Graph::nbytes)
       .def("save", [](const Graph& graph) {
         const Graph::State& state = graph.state();
-        return nb::make_tuple(as_bytes(state.edges), as_bytes(state.entry_queries), as_bytes(state.entries),
-                              as_bytes(state.centre));
+        return nb::make_tuple(as_bytes(state.edges), as_bytes(state.samples), as_bytes(state.lists),
+                              as_bytes(state.groups), as_bytes(state.metric));
       })
-      .def("restore", [](Graph& graph, const nb::bytes& edges, const nb::bytes& entry_queries, const nb::bytes& entries,
-                         const nb::bytes& centre, std::int64_t num_keys, int head_dim) {
-        graph.restore({from_bytes<std::int32_t>(edges), from_bytes<float>(entry_queries),
-                       from_bytes<std::int32_t>(entries), from_bytes<float>(centre)}, num_keys, head_dim);
-      }, "edges"_a, "entry_queries"_a, "entries"_a, "centre"_a, "num_keys"_a, "head_dim"_a);
+      .def("restore", [](Graph& graph, const nb::bytes& edges, const nb::bytes& samples, const nb::bytes& lists,
+                         const nb::bytes& groups, const nb::bytes& metric, std::int64_t num_keys, int head_dim) {
+        graph.restore({from_bytes<std::int32_t>(edges), from_bytes<float>(samples), from_bytes<std::int32_t>(lists),
+                       from_bytes<std::int32_t>(groups), from_bytes<float>(metric)}, num_keys, head_dim);
+      }, "edges"_a, "samples"_a, "lists"_a, "groups"_a, "metric"_a, "num_keys"_a, "head_dim"_a);
 
   nb::class_<Budget>(m, "Budget")
       .def("__init__", [](Budget* self, int k, float beta, float deviations, int min_keys, int max_keys,

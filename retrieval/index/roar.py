@@ -11,18 +11,25 @@ import struct
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from retrieval import _core
-from retrieval.index.base import check_vectors
-from retrieval.index.flat import empty_result, exact_search
+from retrieval.index.base import AttendStats, attend_positions, check_vectors
+from retrieval.index.flat import empty_result
 from retrieval.index.library import Floats, LibraryIndex
 
-GRAPH_OPTIONS = ("degree", "num_pivots", "extra_degree", "link_width", "num_entries")
+GRAPH_OPTIONS = ("degree", "num_pivots", "extra_degree", "link_width", "num_voters", "start_share", "min_calls")
+WIDTHS = (100, 150, 200, 300, 400, 600)  # of which the least that is wide enough is taken
+NUM_CHECKS = 64  # sampled queries kept out of the graph to find that width
+CHECKED = 100  # best keys that those must find
+WANTED_RECALL = 0.96  # share of them found
+QUERY_BLOCK = 64  # queries whose full rows of scores are held at a time
+RUN = 64  # keys whose best score stands for them
 
 
 class RoarIndex(LibraryIndex):
-    """Query-to-key lists projected to key-to-key edges; the queries themselves are dropped but for entry points."""
+    """Query-to-key lists projected to key-to-key edges; the lists stay as entry points."""
 
     kind = "roar"
 
@@ -30,25 +37,33 @@ class RoarIndex(LibraryIndex):
         self,
         keys: Tensor,
         queries: Tensor,
-        list_size: int = 64,
+        list_size: int = 100,
         max_queries: int = 8192,
-        ef_search: int = 256,
-        degree: int = 32,
-        num_pivots: int = 8,
+        ef_search: int | None = None,
+        max_share: float = 0.03,
+        degree: int = 48,
+        num_pivots: int = 16,
         extra_degree: int = 8,
         link_width: int = 32,
-        num_entries: int = 8,
+        num_voters: int = 64,
+        start_share: int = 64,
+        min_calls: int = 2,
     ) -> None:
         """queries `[num_queries, head_dim]` sampled during prefill, at most `max_queries` used, evenly spaced.
 
-        list_size: exact neighbours per query. ef_search: keys in view while searching. The others: csrc/graph.h.
+        list_size: exact neighbours per query. ef_search: keys in view while searching; if not given, as many as some
+        of the sampled queries, kept out of the graph, need for their best 100, as long as no more than `max_share` of
+        the keys are scored. The others: csrc/graph.h.
         """
         check_vectors("queries", queries, int(keys.shape[1]) if keys.ndim == 2 else None)
         self._queries = queries[:: max(1, -(-len(queries) // max_queries))]
-        self._scored_per_query = float(ef_search * degree)  # until a search has said better
+        self._width = ef_search or WIDTHS[0]
+        self._scored_per_query = float(self._width * degree)  # until a search has said better
+        self._last_hits: list[list[int]] = []  # of the latest `attend`, per row
         super().__init__(
-            keys, queries, list_size=list_size, max_queries=max_queries, ef_search=ef_search, degree=degree,
-            num_pivots=num_pivots, extra_degree=extra_degree, link_width=link_width, num_entries=num_entries,
+            keys, queries, list_size=list_size, max_queries=max_queries, ef_search=ef_search, max_share=max_share,
+            degree=degree, num_pivots=num_pivots, extra_degree=extra_degree, link_width=link_width,
+            num_voters=num_voters, start_share=start_share, min_calls=min_calls,
         )  # fmt: skip
 
     def _graph(self) -> Any:
@@ -57,21 +72,53 @@ class RoarIndex(LibraryIndex):
     def _create(self, vectors: Floats) -> Any:
         graph, keys = self._graph(), self._keys.contiguous()
         queries = self._queries if len(self._queries) else keys[:: max(1, len(keys) // 1024)]
-        lists, _ = exact_search(keys, queries, self._options["list_size"])
-        graph.build(keys, queries.float().contiguous(), lists.int().contiguous())
+        lists = exact_lists(torch.from_numpy(vectors), queries, max(self._options["list_size"], CHECKED))
+        is_check = torch.zeros(len(queries), dtype=torch.bool)
+        if self._options["ef_search"] is None and len(queries) >= 8 * NUM_CHECKS:
+            is_check[:: len(queries) // NUM_CHECKS] = True
+        used = lists[~is_check, : self._options["list_size"]]
+        graph.build(keys, queries[~is_check].float().contiguous(), used.int().contiguous())
+        if is_check.any():
+            self._width = self._find_width(graph, queries[is_check].float().contiguous(), lists[is_check, :CHECKED])
         return graph
+
+    def _find_width(self, graph: Any, queries: Tensor, expected: Tensor) -> int:
+        """The least of `WIDTHS` that finds `WANTED_RECALL` of the lists `expected [num_queries, CHECKED]`, or the
+        widest that scores no more keys than allowed."""
+        found, most = WIDTHS[0], self._options["max_share"] * self.num_keys * len(queries)
+        for width in WIDTHS:
+            positions, scores = empty_result(len(queries), CHECKED)
+            num_scored, _ = graph.search(self._keys.contiguous(), queries, width, self.num_keys, positions, scores)
+            if num_scored > most:
+                break
+            found = width
+            if (expected[:, :, None] == positions[:, None, :]).any(dim=2).float().mean() >= WANTED_RECALL:
+                break
+        return found
 
     def _append(self, structure: Any, vectors: Floats) -> None:
         structure.insert(self._keys.contiguous())
 
     def _find(self, structure: Any, queries: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:
         positions, scores = empty_result(len(queries), k)
-        width = max(k, int(self._options["ef_search"]))
-        num_scored = structure.search(
-            self._keys.contiguous(), queries.float().contiguous(), width, limit, positions, scores
+        hints = self._last_hits if len(self._last_hits) == len(queries) else []
+        num_scored, _ = structure.search(
+            self._keys.contiguous(), queries.float().contiguous(), max(k, self._width), limit, positions, scores, hints
         )
         self._scored_per_query = num_scored / len(queries)
         return positions, scores
+
+    def attend(
+        self, queries: Tensor, values: Tensor, k: int, scale: float, limit: int | None = None
+    ) -> tuple[Tensor, Tensor, AttendStats]:
+        """See `KeyIndex.attend`. The next search of as many rows also begins with what this one found: the next
+        token of a sequence asks for much the same."""
+        positions, scores = self.search(queries, k, limit)
+        self._last_hits = [row[row >= 0].tolist() for row in positions]
+        out, lse = attend_positions(positions, scores, values, scale)
+        visible = len(self._keys[:limit])
+        num_scored = self.count_scored(len(queries), k, visible)
+        return out, lse, AttendStats(len(queries), visible, num_scored, int((positions >= 0).sum()))
 
     def _count_found(self, k: int, num_visible: int) -> int:
         """As many as the latest search scored per query."""
@@ -79,20 +126,51 @@ class RoarIndex(LibraryIndex):
 
     @property
     def nbytes(self) -> int:
-        """Edges and entry points."""
+        """Edges, sampled queries and their lists."""
         return 0 if self._structure is None else int(self._structure.nbytes)
 
     def _dump(self, structure: Any) -> bytes:
         parts = structure.save()
-        header = json.dumps({"num_keys": structure.num_keys, "sizes": [len(part) for part in parts]}).encode()
+        header = json.dumps(
+            {"num_keys": structure.num_keys, "width": self._width, "sizes": [len(part) for part in parts]}
+        ).encode()
         return struct.pack("<I", len(header)) + header + b"".join(parts)
 
     def _restore(self, payload: bytes) -> Any:
         (length,) = struct.unpack_from("<I", payload)
         header = json.loads(payload[4 : 4 + length])
+        self._width = int(header["width"])
         bounds = [4 + length]
         for size in header["sizes"]:
             bounds.append(bounds[-1] + size)
         graph = self._graph()
         graph.restore(*(payload[a:b] for a, b in pairwise(bounds)), header["num_keys"], self.head_dim)
         return graph
+
+
+def exact_lists(keys: Tensor, queries: Tensor, list_size: int) -> Tensor:
+    """The best `list_size` keys of each query, best first, -1 where there are none: int64 `[num_queries, list_size]`.
+
+    A run of keys can hold one of the best only if its own best is among the best of the runs, so all but that many
+    runs are put aside before anything is sorted.
+    """
+    lists = torch.full((len(queries), list_size), -1)
+    num_found, whole = min(list_size, len(keys)), len(keys) // RUN * RUN
+    for start in range(0, len(queries), QUERY_BLOCK):
+        scores = queries[start : start + QUERY_BLOCK].float() @ keys.T  # [block, num_keys]
+        if whole // RUN <= 2 * num_found:
+            lists[start : start + QUERY_BLOCK, :num_found] = scores.topk(num_found, dim=1).indices
+            continue
+        runs = scores[:, :whole].reshape(len(scores), -1, RUN)
+        best = runs.amax(dim=2).topk(num_found, dim=1).indices  # [block, num_found]
+        rows = torch.arange(len(scores))[:, None]
+        kept = torch.cat((runs[rows, best].flatten(1), scores[:, whole:]), dim=1)
+        places = torch.cat(
+            (
+                (best[:, :, None] * RUN + torch.arange(RUN)).flatten(1),
+                torch.arange(whole, len(keys)).expand(len(scores), -1),
+            ),
+            dim=1,
+        )
+        lists[start : start + QUERY_BLOCK, :num_found] = places.gather(1, kept.topk(num_found, dim=1).indices)
+    return lists

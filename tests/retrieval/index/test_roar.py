@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from retrieval.index import build
 
 _core = pytest.importorskip("retrieval._core", reason="needs the C++ core")
+from retrieval.index.roar import WIDTHS, exact_lists  # noqa: E402
 
 NUM_KEYS, HEAD_DIM = 20_000, 64
 
@@ -52,12 +54,51 @@ def test_the_graph_is_the_same_for_any_number_of_threads() -> None:
 
 def test_hints_are_where_a_search_may_begin() -> None:
     keys, queries = keys_and_queries(10)
-    graph = _core.Graph(num_entries=1)
+    graph = _core.Graph(num_voters=1)
     graph.build(keys, queries[:1].float(), torch.zeros(1, 1, dtype=torch.int32))
     expected = torch.topk(queries.float() @ keys.float().T, 1).indices
     positions, scores = torch.empty(10, 1, dtype=torch.int64), torch.empty(10, 1)
     graph.search(keys, queries.float(), 1, NUM_KEYS, positions, scores, expected.tolist())
     assert torch.equal(positions, expected)
+
+
+def test_lists_are_the_exact_best_keys() -> None:
+    keys, queries = keys_and_queries(70)
+    for count in (1, 99, 5000, NUM_KEYS - 7):
+        expected, _ = build("flat", keys[:count], queries[:0]).search(queries, 20)
+        assert torch.equal(exact_lists(keys[:count].float(), queries, 20), expected)
+
+
+def test_the_width_of_a_search_follows_from_queries_kept_out_of_the_graph() -> None:
+    keys, queries = keys_and_queries(2000)
+    chosen: Any = build("roar", keys, queries)
+    bounded: Any = build("roar", keys, queries, max_share=0.0)
+    assert bounded._width == min(WIDTHS) <= chosen._width
+    given: Any = build("roar", keys, queries, ef_search=333)
+    assert given._width == 333
+
+
+def test_a_saved_graph_searches_as_before(tmp_path: Path) -> None:
+    keys, queries = keys_and_queries(1100)
+    index: Any = build("roar", keys[:5000], queries[100:])
+    index.save(tmp_path / "index")
+    loaded: Any = type(index).load(tmp_path / "index", keys[:5000])
+    assert loaded._width == index._width
+    for found, expected in zip(loaded.search(queries[:100], 20), index.search(queries[:100], 20), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_next_step_begins_with_the_last_steps_hits() -> None:
+    keys, queries = keys_and_queries(4)
+    sought = (keys.float() @ queries[:1].float().T)[:, 0].argmin()  # what no search would come by
+    index: Any = build("roar", keys, queries, ef_search=20)
+    index.attend(-queries[:1], keys, 5, 0.1)
+    before = index._last_hits[0]
+    index.attend(queries[:1], keys, 5, 0.1)
+    assert sought not in index._last_hits[0]
+    assert before != index._last_hits[0]
+    index._last_hits = [[int(sought)]]
+    assert sought in index.search(-queries[:1], 5)[0]
 
 
 def test_impossible_graphs_and_options_are_refused() -> None:
@@ -66,7 +107,7 @@ def test_impossible_graphs_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match="positions"):
         graph.build(keys, queries.float(), torch.full((4, 2), NUM_KEYS, dtype=torch.int32))
     with pytest.raises(ValueError, match="not a graph"):
-        graph.restore(b"\0" * 12, b"", b"", b"", 5, HEAD_DIM)
+        graph.restore(b"\0" * 12, b"", b"", b"", b"", 5, HEAD_DIM)
     with pytest.raises(ValueError, match="out of range"):
         _core.Graph(degree=0)
     with pytest.raises(TypeError):
