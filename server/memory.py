@@ -48,10 +48,11 @@ def trim() -> None:
 
 
 class Trimmer:
-    """A thread that trims the heaps when the process has grown; one with nothing to do only reads a number."""
+    """A thread that trims the heaps while the size of the process changes and some looks longer: what was in use at one
+    look may be free at the next. In a process with nothing to do it only reads a number."""
 
-    def __init__(self, interval_seconds: float = 0.5, growth_bytes: int = 1 << 20) -> None:
-        self._interval, self._growth = interval_seconds, growth_bytes
+    def __init__(self, interval_seconds: float = 0.5, change_bytes: int = 1 << 20, num_looks: int = 4) -> None:
+        self._interval, self._change, self._num_looks = interval_seconds, change_bytes, num_looks
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimmer", daemon=True)
 
@@ -65,11 +66,13 @@ class Trimmer:
         self._thread.join()
 
     def _run(self) -> None:
-        trimmed_bytes = resident_bytes()
+        seen_bytes, num_left = resident_bytes(), self._num_looks
         while not self._ended.wait(self._interval):
-            if resident_bytes() > trimmed_bytes + self._growth:
+            is_changed = abs(resident_bytes() - seen_bytes) > self._change
+            num_left = self._num_looks if is_changed else num_left - 1
+            if num_left > 0:
                 trim()
-            trimmed_bytes = resident_bytes()
+            seen_bytes = resident_bytes()
 
 
 def _libc() -> Any:

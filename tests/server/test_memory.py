@@ -26,7 +26,7 @@ def test_trimming_gives_freed_blocks_back_although_later_ones_live() -> None:
     kept = blocks[::100]
     full = memory.resident_bytes()
     del blocks
-    trimmer = Trimmer(interval_seconds=0.01, growth_bytes=-(1 << 40))  # at every look
+    trimmer = Trimmer(interval_seconds=0.01, change_bytes=-1)  # at every look
     trimmer.start()
     deadline = time.monotonic() + 10
     while memory.resident_bytes() > full - 50 * 1_000_000 and time.monotonic() < deadline:
