@@ -6,8 +6,8 @@ half of the time round-robin, for half at random. Every answer must equal the fi
 memory is sampled all the while and must stay below budget + base + 3 %, base being what it says it held before it
 served anybody, with the working memory of one step (`retrieval_process_base_bytes`, `…_step_bytes`). What it says it
 holds must be within 3 % of what it holds above its base. Documents that were read again must be found in the eviction
-counters. In the end all sessions are deleted, and what is left must be what the gauges say. The last line is JSON; the exit code is 1 when
-any of this does not hold.
+counters. In the end all sessions are deleted, and what is left must be what the gauges say. The last line is JSON; the
+exit code is 1 when any of this does not hold.
 
     scripts/soak/documents.py --documents 12 --tokens 16384 --clients 8 --seconds 600 --out results/documents
 """
