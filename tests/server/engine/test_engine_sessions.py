@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -25,13 +26,14 @@ from server.errors import (
 from server.sessions.disk import Disk
 
 DOC = SessionKey("", "", "doc")
+NUMBERS = itertools.count()
 
 
 async def ask(engine: Engine, ids: tuple[int, ...], key: SessionKey = DOC, max_tokens: int = 8) -> list[Event]:
     """A greedy request that names a session, run to its end."""
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     names = {"session_id": key.name, "session_owner": key.owner, "cache_salt": key.salt}
-    stream = engine.submit(Request(f"{key.name}-{id(object())}-{ids[-1]}-{max_tokens}", ids, sampling, **names))
+    stream = engine.submit(Request(f"r{next(NUMBERS)}", ids, sampling, **names))
     return [event async for event in stream]
 
 
