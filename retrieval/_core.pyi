@@ -105,11 +105,13 @@ class Budget:
         max_keys: int = 16384,
         rest: float = 0.003,
         rest_keys: int = 1536,
+        exact_keys: int = 6144,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
         max_keys: rescored at most, per KV head and sequence. rest: a head whose unretrieved keys weigh more than this
-        share takes about `rest_keys` drawn by estimated weight instead (0: never)."""
+        share takes about `rest_keys` drawn by estimated weight instead (0: never). exact_keys: where a sequence
+        has fewer searched keys in all, they are attended exactly (with k = 0)."""
 
     @property
     def k(self) -> int: ...
@@ -125,6 +127,8 @@ class Budget:
     def rest(self) -> float: ...
     @property
     def rest_keys(self) -> int: ...
+    @property
+    def exact_keys(self) -> int: ...
 
 class AttendStats:
     """Sums over sequences and query heads."""

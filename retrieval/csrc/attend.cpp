@@ -15,7 +15,6 @@ namespace {
 
 constexpr std::int64_t kExactKeys = 1024;  // keys per task of exact attention
 constexpr std::int64_t kChunksPerTask = 2;
-constexpr std::int64_t kSmallPart = 512;   // searched parts this small are attended exactly
 constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
 class Job {
@@ -38,7 +37,7 @@ class Job {
 
  private:
   void lock(const std::vector<std::vector<const Part*>>& parts);
-  void add_part(Unit& unit, std::size_t at, const Part& part);
+  void add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched);
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
   void attend_exactly(const Task& task);
@@ -99,13 +98,16 @@ std::size_t Job::add_partial(Unit& unit) {
   return unit.partials.size() - 1;
 }
 
-void Job::add_part(Unit& unit, std::size_t at, const Part& part) {
+// Where the positions of a part end that its codes cover.
+std::int64_t coded_end(const Part& part) {
+  return part.codes ? std::clamp(part.codes->num_keys_locked(), part.begin, std::max(part.begin, part.end)) : part.begin;
+}
+
+void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched) {
   const std::int64_t num_heads = unit.queries.num;
   if (part.end <= part.begin) return;
   stats_.num_visible += num_heads * (part.end - part.begin);
-  std::int64_t coded = part.begin;
-  if (part.codes) coded = std::clamp(part.codes->num_keys_locked(), part.begin, part.end);
-  if (budget_.k == 0 && !will_list_ && coded - part.begin < kSmallPart) coded = part.begin;
+  const std::int64_t coded = is_searched ? coded_end(part) : part.begin;
   if (coded > part.begin || will_list_) {
     Scan scan;
     scan.part = &part;
@@ -140,6 +142,10 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
   lock(parts);
   const int group = queries_.num_q_heads / queries_.num_kv_heads;
   for (int seq = 0; seq < queries_.num_seqs; ++seq) {
+    const auto& sequence = parts[static_cast<std::size_t>(seq)];
+    std::int64_t num_coded = 0;
+    for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
+    const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);
       const auto at = static_cast<std::size_t>((seq * queries_.num_q_heads + head) * queries_.head_dim);
@@ -147,7 +153,7 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
       unit.kv_head = first_kv_head_ + head / group;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
-      for (const Part* part : parts[static_cast<std::size_t>(seq)]) add_part(unit, units_.size(), *part);
+      for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);
       units_.push_back(std::move(unit));
       head += num;
     }

@@ -67,6 +67,7 @@ def gapped(
 
 def attend(queries: Tensor, parts: list[list[Any]], **budget: float) -> tuple[Tensor, Tensor, Any]:
     out, lse = torch.full(queries.shape, torch.nan), torch.full(queries.shape[:2], torch.nan)
+    budget = {"exact_keys": 512, **budget}  # few enough that the small cases of these tests are searched
     return out, lse, _core.attend_layer(queries, parts, SCALE, out, lse, _core.Budget(**budget))
 
 
@@ -282,6 +283,18 @@ def test_more_draws_come_closer() -> None:
     parts = [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 8
     errors = [(attend(queries, parts, rest_keys=n)[0] - expected).norm() for n in (100, 800, 6400)]
     assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
+
+
+def test_few_keys_are_attended_exactly() -> None:
+    queries, keys, values = wide(6000, 64, 2)
+    parts = [[_core.Part(keys, values, begin, end, code(keys)) for begin, end in ((0, 2000), (2000, 6000))]] * 2
+    for least, is_exact in ((6000, False), (6001, True)):
+        out, lse, stats = attend(queries, parts, exact_keys=least)
+        assert (stats.num_scored == stats.num_visible) == is_exact
+        if is_exact:
+            expected = twin(queries, [[ExactPart(keys, values, 0, 6000)]] * 2)
+            torch.testing.assert_close(out, expected[0], rtol=1e-4, atol=OUT_TOLERANCE)
+            torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=LSE_TOLERANCE)
 
 
 def test_max_keys_is_not_exceeded() -> None:
