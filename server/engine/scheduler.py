@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, log
 
 from server.engine.sequence import Sequence
 
 FAIR_SHARE = 4
 MIN_CHUNK_TOKENS = 16  # progress even where the time budget is tight
+MIN_SHARE = 0.5  # of the time budget is the prefills', however much the rest of a step takes
 MAX_SCORED_TOKENS = 256  # of a step, of prompts that are scored: each one's logits take vocab_size floats
 
 
@@ -29,22 +29,24 @@ class Chunk:
 
 
 class StepCost:
-    """Learns seconds = drift * (per_token * n + per_pair * n * (position + n / 2)) from the steps that ran.
+    """Learns seconds = overhead + per_token * n + per_pair * n * (position + n / 2) from the steps that ran.
 
     The two terms come from least squares of relative errors with forgetting: a small chunk tells as much as a large
-    one. Small chunks cost more per token than large ones, and a busy machine changes from one moment to the next;
-    `drift`, which follows the last few steps, makes up for both before the terms have been learned anew.
+    one. `overhead` follows the last few steps: what a step takes besides, such as streaming K and V for however few
+    queries, or waiting for time slices on a busy machine. Blamed on the tokens, it would make the next chunk smaller,
+    whose tokens would then seem dearer still.
     """
 
-    DRIFT_GAIN = 0.3
-    MAX_DRIFT = 2.0
+    GAIN = 0.3  # of the overhead, for each step
+    NUM_FIRST = 8  # steps that go to the terms alone, which begin as a guess
     MIN_SECONDS = 1e-6
 
-    def __init__(self, forgetting: float = 0.95) -> None:
+    def __init__(self, forgetting: float = 0.9) -> None:
         self._forgetting = forgetting
         self._xx, self._xy, self._yy = 1e-6, 0.0, 1e-6  # normal matrix of features (n, pairs in millions) per second
         self._xt, self._yt = 1e-10, 1e-10
-        self._log_drift = 0.0
+        self._num_learned = 0
+        self.overhead = 0.0  # seconds of a step with decodes, besides them and the terms
         self.decode_seconds = 0.0  # moving mean of a step without prefill
 
     def observe(self, seconds: float, chunks: list[Chunk], positions: list[int]) -> None:
@@ -53,30 +55,29 @@ class StepCost:
         if not prefills:
             self.decode_seconds += 0.1 * (seconds - self.decode_seconds)
             return
-        if len(prefills) < len(chunks):  # at least a tenth was the prefill's, however slow decoding seemed lately
-            seconds = max(0.1 * seconds, seconds - self.decode_seconds)
+        pairs = sum(n * (p + n / 2) for n, p in prefills) / 1e6
+        if len(prefills) < len(chunks):  # at least a tenth was the prefill's, however slow all else seemed lately
+            own = seconds - self.decode_seconds
+            self._follow(own, sum(n for n, _ in prefills), pairs)
+            seconds = max(0.1 * seconds, own - self.overhead)
         seconds = max(seconds, self.MIN_SECONDS)
-        x = sum(n for n, _ in prefills) / seconds
-        y = sum(n * (p + n / 2) for n, p in prefills) / 1e6 / seconds
-        per_token, per_pair = self._terms()
-        self._follow(per_token * x + per_pair * y)
+        x, y = sum(n for n, _ in prefills) / seconds, pairs / seconds
+        self._num_learned += 1
         keep = self._forgetting
         self._xx, self._xy, self._yy = keep * self._xx + x * x, keep * self._xy + x * y, keep * self._yy + y * y
         self._xt, self._yt = keep * self._xt + x, keep * self._yt + y
 
-    def _follow(self, expected_share: float) -> None:
-        """Move the drift towards what the last step says: its expected over its actual seconds."""
-        limit = log(self.MAX_DRIFT)
-        last = min(limit, max(-limit, -log(max(expected_share, 1e-9))))
-        self._log_drift += self.DRIFT_GAIN * (last - self._log_drift)
+    def _follow(self, seconds: float, num_tokens: int, pairs: float) -> None:
+        """Move the overhead towards what the last step says, an outlier no more than twice what was expected."""
+        if self._num_learned < self.NUM_FIRST:
+            return
+        per_token, per_pair = self.coefficients()
+        expected = per_token * num_tokens + per_pair * pairs
+        error = min(expected, max(-expected, seconds - expected - self.overhead))
+        self.overhead = max(0.0, self.overhead + self.GAIN * error)
 
     def coefficients(self) -> tuple[float, float]:
         """Seconds per token, and per million (query, key) pairs; neither negative."""
-        per_token, per_pair = self._terms()
-        drift = exp(self._log_drift)
-        return drift * per_token, drift * per_pair
-
-    def _terms(self) -> tuple[float, float]:
         determinant = self._xx * self._yy - self._xy * self._xy
         if determinant > 1e-9 * self._xx * self._yy:
             per_token = (self._xt * self._yy - self._yt * self._xy) / determinant
@@ -195,7 +196,8 @@ class Scheduler:
 
     def _prefills(self, has_decodes: bool, token_budget: int) -> list[Chunk]:
         budgeted = has_decodes and self._limits.step_time_budget_seconds > 0
-        seconds = max(0.0, self._limits.step_time_budget_seconds - self.cost.decode_seconds)
+        budget = self._limits.step_time_budget_seconds
+        seconds = max(MIN_SHARE * budget, budget - self.cost.decode_seconds - self.cost.overhead)
         chunks: list[Chunk] = []
         num_scorable = MAX_SCORED_TOKENS
         for sequence in self._prefill_order():

@@ -437,9 +437,9 @@ def test_cost_learned_from_large_chunks_soon_fits_small_ones() -> None:
         observe(cost, 2048, 2048 * step, true_seconds(2048, 2048 * step, PER_TOKEN, PER_PAIR))
     position, waits = 60 * 2048, []
     for _ in range(20):
-        num_tokens = cost.chunk_tokens(0.1, position)
+        num_tokens = cost.chunk_tokens(0.1 - cost.overhead, position)
         waits.append(1.5 * true_seconds(num_tokens, position, PER_TOKEN, PER_PAIR))
-        observe(cost, num_tokens, position, waits[-1])
+        observe(cost, num_tokens, position, waits[-1], decode=True)
         position += num_tokens
     assert max(waits) <= 0.16
     assert max(waits[6:]) <= 0.115
@@ -462,6 +462,28 @@ def test_a_step_faster_than_decoding_seemed_is_not_taken_for_free() -> None:
     for _ in range(20):
         observe(cost, 512, 0, 0.04, decode=True)
     assert cost.chunk_tokens(0.1, 0) <= 512 * 0.1 / 0.004 * 1.1
+
+
+@pytest.mark.parametrize("overhead_seconds", [0.02, 0.15])
+def test_what_a_step_takes_besides_does_not_shrink_chunks_to_nothing(overhead_seconds: float) -> None:
+    """As on a machine so busy that every step waits for time slices: smaller chunks would not wait less."""
+    scheduler = Scheduler(Limits(8, 2048, 0.1), lambda sequence: True)
+    for step in range(30):
+        observe(scheduler.cost, 2048, 2048 * step, true_seconds(2048, 2048 * step, PER_TOKEN, PER_PAIR))
+    decoding, reading = computed(sequence_of(10, 10**6)), sequence_of(10**6)
+    for sequence in (decoding, reading):
+        sequence.status = "running"
+        scheduler.running.append(sequence)
+    reading.num_computed = 30_000
+    sizes, waits = [], []
+    for _ in range(300):
+        chunks, _ = scheduler.schedule()
+        position, num_tokens = reading.num_computed, chunks[-1].num_tokens
+        waits.append(overhead_seconds + true_seconds(num_tokens, position, PER_TOKEN, PER_PAIR))
+        scheduler.cost.observe(waits[-1], chunks, [10, position])
+        sizes.append(num_tokens * true_seconds(1, position, PER_TOKEN, PER_PAIR))
+    assert min(sizes) >= 0.035, "seconds of work that was got done"
+    assert max(waits[10:]) <= max(0.11, overhead_seconds + 0.065)
 
 
 def test_cost_takes_the_decodes_out_of_mixed_steps() -> None:
