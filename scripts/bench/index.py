@@ -7,9 +7,10 @@ One decode step of one layer reads, per query head, the static set (sink and win
 the rest through an index; exact attention must read K and V of the whole context, so its floor is their bytes over
 the memory's bandwidth, while a search reads codes or a few lists. All kinds run in one process over the same vectors,
 beside two baselines over all keys: `flat` (exact search) and `sdpa` (torch's attention; `sdpa:grouped=1` is its
-fastest form for grouped heads). Queries of the same prompt and of questions asked later are shown apart: an index
-that learned from the prompt's queries can fail on the second alone. `core` is the whole layer in one native call,
-`core:bits=0` the same call over all keys.
+fastest form for grouped heads), and `faiss_rabitq`, faiss's own scan of such codes. Queries of the same prompt and of
+questions asked later are shown apart: an index that learned from the prompt's queries can fail on the second alone.
+`core` is the whole layer in one native call, `core:bits=0` the same call over all keys. `CPU µs` is the time of all
+threads together, which a busy machine disturbs least.
 
 Captured mass is the softmax mass of the retrieved keys over that of the exact top 100; `out err` the relative error
 of the layer's output, static set included, against attention over all keys. The last line is JSON.
@@ -37,7 +38,7 @@ from scripts.bench.index_bench.measure import Result, exact_answers, measure_qua
 
 DEFAULT_KINDS = (
     "sdpa", "sdpa:grouped=1", "flat", "ivf:num_probes=32", "ivf", "ivf:num_probes=256", "pq", "hnsw",
-    "hnsw:ef_search=1024", "roar", "rabitq", "core:bits=0", "core:k=100", "core",
+    "hnsw:ef_search=1024", "roar", "faiss_rabitq", "rabitq", "core:bits=0", "core:k=100", "core",
 )  # fmt: skip
 Results = dict[str, dict[str, Result]]  # set -> spec -> result
 
@@ -45,9 +46,10 @@ Results = dict[str, dict[str, Result]]  # set -> spec -> result
 def is_available(spec: str) -> bool:
     """Whether the kind's module, and the core where it needs it, are there; says so if not."""
     name = spec.partition(":")[0]
-    module = {"sdpa": "torch", "core": "retrieval._core"}.get(name) or KINDS.get(name, "").partition(":")[0]
+    others = {"sdpa": "torch", "core": "retrieval._core", "faiss_rabitq": "faiss"}
+    module = others.get(name) or KINDS.get(name, "").partition(":")[0]
     if not module:
-        raise SystemExit(f"unknown kind {name!r}; known: sdpa, core, {', '.join(KINDS)}")
+        raise SystemExit(f"unknown kind {name!r}; known: {', '.join([*others, *KINDS])}")
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -131,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         gap = sum(gaps[name]) / len(gaps[name])
         title = {"same": "same prompt", "later": "asked later"}[name]
         print(report.table(f"{title} ({rows[0]['num_queries']} queries; query/key gap {gap:.1f})", rows))
+        print(*report.relations(rows), sep="\n")
     if args.plots:
         print("\nplots:", *report.plot(tables, args.plots))
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

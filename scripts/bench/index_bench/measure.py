@@ -35,6 +35,7 @@ class Result:
     mass: list[Tensor] = field(default_factory=list)
     error: list[Tensor] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads, per step; one mean per layer
     build_seconds: list[float] = field(default_factory=list)  # per layer
     nbytes: list[int] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
@@ -93,9 +94,13 @@ def recall(found: Tensor, expected: Tensor) -> Tensor:
 def measure_speed(contestant: Contestant, queries: Tensor, num_repeats: int, result: Result) -> None:
     """Time `num_repeats` decode steps of the layer, each with another row of queries."""
     contestant.cost = Cost()
+    cpu_started = 0.0
     for i in range(-WARM_UP, num_repeats):
+        if i == 0:
+            cpu_started = time.process_time()
         q = queries[:, i % queries.shape[1]].contiguous()
         started = time.perf_counter()
         contestant.step(q)
         if i >= 0:
             result.step_seconds.append(time.perf_counter() - started)
+    result.cpu_seconds.append((time.process_time() - cpu_started) / max(1, num_repeats))

@@ -27,9 +27,11 @@ COLUMNS = (  # key, title, format
     ("us_per_query", "µs/query", "{:.1f}"),
     ("layer_us_p50", "µs/layer", "{:.0f}"),
     ("layer_us_p99", "p99", "{:.0f}"),
+    ("layer_cpu_us", "CPU µs", "{:.0f}"),
     ("times_flat", "× flat", "{:.1f}"),
     ("times_sdpa", "× sdpa", "{:.1f}"),
     ("times_ivf", "× ivf=", "{:.1f}"),
+    ("times_faiss_rabitq", "× faiss", "{:.1f}"),
     ("build_seconds_per_layer", "build s", "{:.2f}"),
     ("bytes_of_kv", "bytes/KV", "{:.1%}"),
 )
@@ -53,7 +55,9 @@ def figures(result: Result, num_q_heads: int, kv_bytes: int) -> Figures:
     p50, p99 = float(times.quantile(0.5)), float(times.quantile(0.99))
     found |= {
         "num_queries": len(error), "error_mean": float(error.mean()), "error_worst": float(error.max()),
-        "layer_us_p50": p50, "layer_us_p99": p99, "us_per_query": p50 / num_q_heads,
+        "layer_us_p50": p50, "layer_us_p99": p99,
+        "layer_cpu_us": sum(result.cpu_seconds) / max(1, len(result.cpu_seconds)) * 1e6,
+        "us_per_query": p50 / num_q_heads,
         "build_seconds_per_layer": sum(result.build_seconds) / len(result.build_seconds),
         "bytes_of_kv": sum(result.nbytes) / len(result.nbytes) / kv_bytes,
     }  # fmt: skip
@@ -68,13 +72,42 @@ def add_ratios(rows: list[Figures]) -> None:
     ivfs = [row for row in rows if row["name"].startswith("ivf")]
     for row in rows:
         is_core = row["name"].startswith("core") and "core:bits=0" in by_name
-        for key, base in (("times_flat", "core:bits=0" if is_core else "flat"), ("times_sdpa", "sdpa")):
+        for key, base in (
+            ("times_flat", "core:bits=0" if is_core else "flat"),
+            ("times_sdpa", "sdpa"),
+            ("times_faiss_rabitq", "faiss_rabitq"),
+        ):
             if base in by_name:
                 row[key] = by_name[base]["layer_us_p50"] / row["layer_us_p50"]
         if ivfs and "mass_mean" in row:
             equal = [ivf for ivf in ivfs if ivf["mass_mean"] >= row["mass_mean"]]
             rival = min(equal, key=_time) if equal else max(ivfs, key=lambda ivf: float(ivf["mass_mean"]))
             row["times_ivf"] = rival["layer_us_p50"] / row["layer_us_p50"]
+
+
+def relations(rows: list[Figures]) -> list[str]:
+    """In words what the whole-layer call, `core`, is against its rivals, and `roar` against its claim."""
+    by_name, lines = {row["name"]: row for row in rows}, [""]
+    for name in ("core", "rabitq"):
+        row = by_name.get(name)
+        if row is None:
+            continue
+        rivals = {
+            "times_flat": "exact scan of the same path and threads", "times_ivf": "ivf at no less mean mass",
+            "times_sdpa": "torch's SDPA over all keys", "times_faiss_rabitq": "faiss's IndexRaBitQFastScan",
+        }  # fmt: skip
+        shown = [f"{row[key]:.1f} × {rival}" for key, rival in rivals.items() if key in row]
+        lines.append(
+            f"{name}: mass mean {row['mass_mean']:.4f}, worst {row['mass_worst']:.3f}, output error mean "
+            f"{row['error_mean']:.4f}; speed " + ", ".join(shown)
+        )
+    if "roar" in by_name:
+        row = by_name["roar"]
+        lines.append(
+            f"roar: recall@100 {row['recall']:.3f} at {row['share_scored']:.2%} of the keys scored, worst captured "
+            f"mass {row['mass_worst']:.3f}"
+        )
+    return lines
 
 
 def _time(row: Figures) -> float:

@@ -56,6 +56,20 @@ def test_core_over_all_keys_is_full_attention(capsys: pytest.CaptureFixture[str]
         assert by_codes["mass_mean"] > 0.99
 
 
+def test_the_library_to_beat_and_the_relations_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("retrieval._core")
+    shown = run(capsys, "--kinds", "faiss_rabitq", "faiss_rabitq:bits=4,num_rescored=4000", "core:bits=0", "core")
+    for rows in shown["results"].values():
+        library, everything, _, core = rows
+        assert 0.5 < library["recall"] <= everything["recall"] == pytest.approx(1.0)
+        assert library["share_scored"] == pytest.approx(500 / 3360)
+        assert 0.05 < library["bytes_of_kv"] < 0.2
+        assert library["times_faiss_rabitq"] == 1.0
+        assert library["layer_cpu_us"] > 0
+        assert core["times_faiss_rabitq"] > 0
+    assert "faiss's IndexRaBitQFastScan" in shown["table"]
+
+
 def test_retrieving_everything_leaves_no_error() -> None:
     _, layers = synthetic_layers(3000, None, [0], 2, gap=2.0, seed=0)
     layer = next(layers)
