@@ -53,19 +53,27 @@ class LiveProbe:
         """Check one query `[head_dim]` of a KV head's group against an indexed run."""
         self._pending = self._executor.submit(self._check, query.cpu().clone(), run, layer_idx, kv_head)
 
+    def rehearse(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
+        """Do on its thread what a check does, wait for it, tell nobody."""
+        self._executor.submit(self._measure, query.cpu().clone(), run, layer_idx, kv_head).result()
+
     def close(self) -> None:
         """Wait for the check under way."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _check(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
         try:
-            assert run.indexed is not None
-            index = run.indexed.index
-            if index is None:
-                return  # evicted since the step
-            found = index.search(layer_idx, kv_head, query, self._k, run.end) - index.begin
-            keys = run.kv.read_keys(layer_idx, index.begin, run.end)[kv_head]
-            quality = measure(query, keys, found, self._k, self._scale)
-            self._on_measured(quality.recall, quality.captured_mass)
+            quality = self._measure(query, run, layer_idx, kv_head)
+            if quality is not None:
+                self._on_measured(quality.recall, quality.captured_mass)
         except Exception:
             logger.exception("a live recall check failed")
+
+    def _measure(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> Quality | None:
+        assert run.indexed is not None
+        index = run.indexed.index
+        if index is None:
+            return None  # evicted since the step
+        found = index.search(layer_idx, kv_head, query, self._k, run.end) - index.begin
+        keys = run.kv.read_keys(layer_idx, index.begin, run.end)[kv_head]
+        return measure(query, keys, found, self._k, self._scale)

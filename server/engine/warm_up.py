@@ -7,6 +7,7 @@ counts nothing in the metrics.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from retrieval.context import Context
 from retrieval.segments import Segment
@@ -38,12 +39,20 @@ def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) 
         sealed = _seal(context, tokens)
         for token in tokens[num_tokens:]:
             runner.run([Work(context, [token], is_decode=True, num_logits=1)])
+        _probe(runner, context)
     finally:
         context.close()
     manager.store.remove(sealed)
     for i in range(NUM_SHAPES):
         _run_alone(runner, manager, tokens[: min(chunk * (2 * i + 1) // (2 * NUM_SHAPES) + 1, num_tokens)])
     return step_bytes
+
+
+def _probe(runner: ModelRunner, context: Context) -> None:
+    indexed = [run for run in context.decode_runs(0) if run.indexed is not None]
+    if runner.probe is not None and indexed:
+        query = torch.ones(runner.geometry.head_dim, dtype=runner.geometry.dtype)
+        runner.probe.rehearse(query, indexed[0], 0, 0)
 
 
 def _run_alone(runner: ModelRunner, manager: SessionManager, tokens: list[int]) -> None:
