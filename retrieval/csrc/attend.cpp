@@ -216,7 +216,7 @@ void Job::scan_chunks(const Task& task) {
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
     kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim,
-                   scan.query.shift, reinterpret_cast<const std::uint8_t*>(chunk.planes.get()),
+                   scan.query.shift, reinterpret_cast<const std::uint8_t*>(chunk.planes),
                    scan.part->codes->bits(), plane_stride, kChunkGroups, chunk.factors, scan.bounds + c * kChunkKeys,
                    scan.stride(), scan.tops + c * kBlocksPerChunk, scan.tops_stride());
   }

@@ -5,8 +5,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <new>
 #include <stdexcept>
+#include <utility>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace retrieval {
 namespace {
@@ -92,6 +97,21 @@ class Rotation {
   std::vector<float> signs_;  // [kRounds][head_dim]
 };
 
+// The matrix R, one copy for as long as anybody holds it.
+std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uint64_t seed) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, std::uint64_t>, std::weak_ptr<const std::vector<float>>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::weak_ptr<const std::vector<float>>& held = known[{head_dim, seed}];
+  std::shared_ptr<const std::vector<float>> matrix = held.lock();
+  if (!matrix) {
+    std::vector<float> made(static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(head_dim));
+    Rotation(head_dim, seed).multiply(nullptr, made.data());
+    held = matrix = std::make_shared<const std::vector<float>>(std::move(made));
+  }
+  return matrix;
+}
+
 // Whether a, b [d][d] satisfy a^T b = 1, so that <a x, b y> = <x, y>.
 bool are_dual(const float* a, const float* b, int d) {
   for (int i = 0; i < d; ++i) {
@@ -122,6 +142,18 @@ AlignedBytes allocate_aligned(std::size_t bytes) {
   return AlignedBytes(static_cast<std::byte*>(pointer));
 }
 
+Pages::Pages(std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  bytes_ = (bytes + page - 1) / page * page;
+  void* pointer = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pointer == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<std::byte*>(pointer);
+}
+
+Pages::~Pages() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+}
+
 // Codes of a run of keys before they are interleaved.
 struct LayerCodes::Encoded {
   std::vector<std::uint8_t> codes;  // [count][head_dim]
@@ -141,21 +173,21 @@ LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t s
   }
   if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("bits must be 1 to 4, got " + std::to_string(bits));
   heads_.resize(static_cast<std::size_t>(num_kv_heads));
-  maps_.resize(matrix_size());
-  Rotation(head_dim, seed).multiply(nullptr, maps_.data());
+  maps_ = shared_rotation(head_dim, seed);
 }
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed, const float* key_stretch,
                        const float* query_stretch)
     : LayerCodes(num_kv_heads, head_dim, bits, seed) {
   const Rotation rotation(head_dim, seed);
-  maps_.resize(2 * heads_.size() * matrix_size());
+  std::vector<float> maps(2 * heads_.size() * matrix_size());
   for (std::size_t h = 0; h < heads_.size(); ++h) {
     const float *keys = key_stretch + h * matrix_size(), *queries = query_stretch + h * matrix_size();
     if (!are_dual(keys, queries, head_dim)) throw std::invalid_argument("stretches are not each other's inverse transposed");
-    rotation.multiply(keys, maps_.data() + 2 * h * matrix_size());
-    rotation.multiply(queries, maps_.data() + (2 * h + 1) * matrix_size());
+    rotation.multiply(keys, maps.data() + 2 * h * matrix_size());
+    rotation.multiply(queries, maps.data() + (2 * h + 1) * matrix_size());
   }
+  maps_ = std::make_shared<const std::vector<float>>(std::move(maps));
 }
 
 std::int64_t LayerCodes::num_keys() const {
@@ -165,11 +197,9 @@ std::int64_t LayerCodes::num_keys() const {
 
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
-  const auto chunk_bytes = static_cast<std::int64_t>(sizeof(CodeChunk) + plane_total());
-  auto total = static_cast<std::int64_t>(maps_.size() * sizeof(float));
-  for (const HeadCodes& head : heads_) {
-    total += static_cast<std::int64_t>(head.chunks.size()) * chunk_bytes + std::int64_t{head_dim_} * 4;
-  }
+  auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
+  for (const Pages& pages : pages_) total += static_cast<std::int64_t>(pages.bytes());
+  for (const HeadCodes& head : heads_) total += static_cast<std::int64_t>(head.centroid.size() * sizeof(float));
   return total;
 }
 
@@ -209,19 +239,25 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
   return true;
 }
 
+void LayerCodes::add_chunk(HeadCodes& head) {
+  const std::size_t at = head.chunks.size(), bytes = sizeof(CodeChunk) + plane_total();
+  if (at == pages_.size()) pages_.emplace_back(heads_.size() * bytes);
+  std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * bytes;
+  CodeChunk* chunk = new (place) CodeChunk;
+  chunk->planes = place + sizeof(CodeChunk);
+  head.chunks.push_back(chunk);
+}
+
 void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new) {
   const int bytes = plane_bytes(head_dim_);
   for (std::int64_t i = 0; i < num_new; ++i) {
     const std::int64_t position = num_keys_ + i;
     const int slot = static_cast<int>(position % kChunkKeys);
-    if (slot == 0) {
-      head.chunks.push_back(std::make_unique<CodeChunk>());
-      head.chunks.back()->planes = allocate_aligned(plane_total());
-    }
+    if (slot == 0) add_chunk(head);
     CodeChunk& chunk = *head.chunks.back();
     const std::uint8_t* code = keys.codes.data() + static_cast<std::size_t>(i) * static_cast<std::size_t>(head_dim_);
     for (int p = 0; p < bits_; ++p) {
-      auto* plane = reinterpret_cast<std::uint8_t*>(chunk.planes.get()) +
+      auto* plane = reinterpret_cast<std::uint8_t*>(chunk.planes) +
                     (p * kChunkGroups + slot / kGroupKeys) * bytes + slot % kGroupKeys;
       const int shift = bits_ - 1 - p;
       for (int s = 0; s < head_dim_ / 8; ++s) {
@@ -291,11 +327,11 @@ std::string LayerCodes::save() const {
   const std::int64_t header[6] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_,
                                   is_stretched()};
   put(header, sizeof(header));
-  if (is_stretched()) put(maps_.data(), maps_.size() * sizeof(float));
+  if (is_stretched()) put(maps_->data(), maps_->size() * sizeof(float));
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) put(head.centroid.data(), head.centroid.size() * sizeof(float));
     for (const auto& chunk : head.chunks) {
-      put(chunk->planes.get(), plane_total());
+      put(chunk->planes, plane_total());
       put(chunk->factors, sizeof(chunk->factors));
       put(&chunk->unit, sizeof(float));
     }
@@ -325,8 +361,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
   if (header[5] == 1) {
     const std::size_t num_maps = 2 * codes->heads_.size() * codes->matrix_size();
     if (size - at < num_maps * sizeof(float)) throw std::invalid_argument("truncated codes");
-    codes->maps_.resize(num_maps);
-    take(codes->maps_.data(), num_maps * sizeof(float));
+    std::vector<float> maps(num_maps);
+    take(maps.data(), num_maps * sizeof(float));
+    codes->maps_ = std::make_shared<const std::vector<float>>(std::move(maps));
   }
   const std::int64_t num_chunks = (header[4] + kChunkKeys - 1) / kChunkKeys;
   for (HeadCodes& head : codes->heads_) {
@@ -335,12 +372,11 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     take(head.centroid.data(), head.centroid.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {
       if (size - at < plane_total) throw std::invalid_argument("truncated codes");
-      auto chunk = std::make_unique<CodeChunk>();
-      chunk->planes = allocate_aligned(plane_total);
-      take(chunk->planes.get(), plane_total);
+      codes->add_chunk(head);
+      CodeChunk* chunk = head.chunks.back();
+      take(chunk->planes, plane_total);
       take(chunk->factors, sizeof(chunk->factors));
       take(&chunk->unit, sizeof(float));
-      head.chunks.push_back(std::move(chunk));
     }
   }
   if (at != size) throw std::invalid_argument("codes with bytes left over");

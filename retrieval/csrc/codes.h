@@ -33,17 +33,33 @@ struct AlignedFree {
 using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
 AlignedBytes allocate_aligned(std::size_t bytes);  // zeroed, 64-byte aligned
 
+// Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
+// between what lives for a call.
+class Pages {
+ public:
+  explicit Pages(std::size_t bytes);
+  Pages(Pages&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+  Pages& operator=(Pages&&) = delete;
+  ~Pages();
+  std::byte* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* data_;
+  std::size_t bytes_;  // whole pages
+};
+
 // 2048 keys of one head.
 struct CodeChunk {
-  AlignedBytes planes;      // [bits][kChunkGroups][plane_bytes]
+  std::byte* planes = nullptr;                        // [bits][kChunkGroups][plane_bytes], in the same pages
   alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
   float unit = 0.0f;                                  // above every f in here
 };
 
 // Codes of one head; read under LayerCodes' lock.
 struct HeadCodes {
-  std::vector<float> centroid;                       // [head_dim]
-  std::vector<std::unique_ptr<CodeChunk>> chunks;
+  std::vector<float> centroid;     // [head_dim]
+  std::vector<CodeChunk*> chunks;  // owned by the layer
 };
 
 class LayerCodes {
@@ -74,11 +90,11 @@ class LayerCodes {
   std::shared_mutex& mutex() const { return mutex_; }
   const HeadCodes& head(int h) const { return heads_[static_cast<std::size_t>(h)]; }
   std::int64_t num_keys_locked() const { return num_keys_; }
-  bool is_stretched() const { return maps_.size() > matrix_size(); }
+  bool is_stretched() const { return maps_->size() > matrix_size(); }
   // What rotates, and stretches if so, keys and queries: [head_dim][head_dim].
-  const float* key_map(int head) const { return maps_.data() + (is_stretched() ? 2 * head * matrix_size() : 0); }
+  const float* key_map(int head) const { return maps_->data() + (is_stretched() ? 2 * head * matrix_size() : 0); }
   const float* query_map(int head) const {
-    return maps_.data() + (is_stretched() ? (2 * head + 1) * matrix_size() : 0);
+    return maps_->data() + (is_stretched() ? (2 * head + 1) * matrix_size() : 0);
   }
 
  private:
@@ -87,14 +103,17 @@ class LayerCodes {
   bool encode(int head, const Rows& keys, const std::vector<float>& centroid, std::int64_t first, std::int64_t count,
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
+  void add_chunk(HeadCodes& head);
   std::size_t plane_total() const;
   std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
   int num_kv_heads_, head_dim_, bits_;
   std::uint64_t seed_;
-  std::vector<float> maps_;  // the rotation of all, or for each head that of its keys and that of its queries
+  // The rotation of all heads, shared by all layers; or for each head the map of its keys and that of its queries.
+  std::shared_ptr<const std::vector<float>> maps_;
   std::int64_t num_keys_ = 0;
   std::vector<HeadCodes> heads_;
+  std::vector<Pages> pages_;           // a chunk of every head
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;
 };
