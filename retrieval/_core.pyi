@@ -11,6 +11,9 @@ def set_simd_level(name: str) -> None:
 def num_threads() -> int:
     """Threads a call works on, the caller's included."""
 
+def wake() -> None:
+    """A call comes within some hundred microseconds: sleeping threads get up and look out for it."""
+
 def set_num_threads(num_threads: int) -> None:
     """Replace the pool; by default it has one thread per physical core."""
 

@@ -51,8 +51,14 @@ class Step:
         self.decodes, self.prefills = decodes, prefills
         self.method, self.decoder = method, decoder
         self.report = report or DecodeReport()
+        self._num_decoded_tokens = sum(span.context.num_tokens for span in decodes)
         self._rows: dict[int | None, list[DecodeRow]] = {}
         self._targets: list[list[Tensor]] | None = None
+
+    def announce(self) -> None:
+        """A layer's attention follows soon."""
+        if self.decodes:
+            self.decoder.announce(self._num_decoded_tokens)
 
     def split(self) -> list[tuple[Step, slice]]:
         """The decodes together and each prefill alone, with the rows of this step that they take; one report."""

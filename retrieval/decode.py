@@ -20,6 +20,9 @@ from retrieval.partial_attention import attend_grouped
 from retrieval.segment_index import CodesIndex
 
 
+ANNOUNCED_TOKENS = 8192  # from here on, threads that sleep cost more than waking them early
+
+
 @dataclass(slots=True)
 class DecodeStats:
     """Counts over (sequence, layer, query head): keys visible, scored exactly, retrieved into the output."""
@@ -59,6 +62,9 @@ class Decoder(ABC):
 
     def __init__(self, num_retrieved: int) -> None:
         self._num_retrieved = num_retrieved
+
+    def announce(self, num_tokens: int) -> None:
+        """`attend` follows soon, over that many tokens in all; a decoder with threads of its own may wake them."""
 
     @abstractmethod
     def attend(
@@ -129,6 +135,11 @@ class NativeDecoder(Decoder):
     def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)
         self._core, self._budget = core, budget
+
+    def announce(self, num_tokens: int) -> None:
+        """As `Decoder.announce`; waking pays where the work is long."""
+        if num_tokens >= ANNOUNCED_TOKENS:
+            self._core.wake()
 
     def attend(
         self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats

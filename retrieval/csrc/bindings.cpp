@@ -395,6 +395,7 @@ NB_MODULE(_core, m) {
     if (!select_kernels(name.c_str())) throw std::invalid_argument("no SIMD level " + name + " here");
   }, "name"_a);
   m.def("num_threads", [] { return pool_owner().get()->num_threads(); });
+  m.def("wake", [] { pool_owner().get()->wake(); });
   m.def("set_num_threads", [](int n) { pool_owner().resize(n); }, "num_threads"_a);
 
   nb::class_<LayerCodes>(m, "LayerCodes")

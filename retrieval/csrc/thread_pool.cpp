@@ -18,6 +18,8 @@ namespace {
 
 // Long enough to bridge the phases of one layer call, short enough to leave the core to others between calls.
 constexpr auto kSpin = std::chrono::microseconds(30);
+// The same for a run that was announced, if it does not come.
+constexpr auto kLookOut = std::chrono::microseconds(400);
 
 void relax() {
 #if defined(__x86_64__)
@@ -77,19 +79,35 @@ void ThreadPool::drain(const std::function<void(std::int64_t)>& task, std::int64
   }
 }
 
+void ThreadPool::wake() {
+  if (workers_.empty()) return;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    calls_.fetch_add(1);
+  }
+  wake_.notify_all();
+}
+
 void ThreadPool::work() {
-  std::uint64_t seen = 0;
+  std::uint64_t seen = 0, heard = 0;
+  auto patience = kSpin;
   while (true) {
     const auto is_news = [&] {
       const std::uint64_t now = generation_.load();
       return stop_.load() || (now % 2 == 1 && now != seen);
     };
-    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    const auto deadline = std::chrono::steady_clock::now() + patience;
+    patience = kSpin;
     int turns = 0;
     while (!is_news() && (++turns % 64 != 0 || std::chrono::steady_clock::now() < deadline)) relax();
     if (!is_news()) {
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, is_news);
+      wake_.wait(lock, [&] { return is_news() || calls_.load() != heard; });
+      if (!is_news()) {
+        heard = calls_.load();
+        patience = kLookOut;
+        continue;
+      }
     }
     if (stop_.load()) return;
     // Enter, then look again: the run may have ended meanwhile, and its task with it.

@@ -27,6 +27,9 @@ class ThreadPool {
   // turns. Must not be called from a task.
   void run(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
+  // A run comes within some hundred microseconds: workers that sleep get up and look out for it.
+  void wake();
+
  private:
   void work();
   void drain(const std::function<void(std::int64_t)>& task, std::int64_t count);
@@ -35,6 +38,7 @@ class ThreadPool {
   std::mutex mutex_;      // guards parking and error_
   std::condition_variable wake_;
   std::atomic<std::uint64_t> generation_{0};  // a run begins when it becomes odd, ends when even
+  std::atomic<std::uint64_t> calls_{0};       // of wake
   std::atomic<std::int64_t> next_{0};
   std::atomic<int> inside_{0};  // workers between entering and leaving the current run
   std::int64_t count_ = 0;

@@ -127,6 +127,7 @@ class FusedModel:
         self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step
     ) -> Tensor:
         g = self._geometry
+        step.announce()
         normed = rms_norm(hidden, layer.input_norm, self._epsilon)
         heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, g.head_dim)
         rotated, values = heads[:, : g.num_q_heads + g.num_kv_heads], heads[:, g.num_q_heads + g.num_kv_heads :]
