@@ -19,7 +19,6 @@ from retrieval.merge import Partial, empty_partial, merge
 from retrieval.partial_attention import attend_grouped
 from retrieval.segment_index import CodesIndex
 
-
 ANNOUNCED_TOKENS = 8192  # from here on, threads that sleep cost more than waking them early
 
 
@@ -63,7 +62,7 @@ class Decoder(ABC):
     def __init__(self, num_retrieved: int) -> None:
         self._num_retrieved = num_retrieved
 
-    def announce(self, num_tokens: int) -> None:
+    def announce(self, num_tokens: int) -> None:  # noqa: B027 - most have nothing to do
         """`attend` follows soon, over that many tokens in all; a decoder with threads of its own may wake them."""
 
     @abstractmethod
