@@ -16,6 +16,7 @@ from server.engine.sequence import Sequence
 FAIR_SHARE = 4
 MIN_CHUNK_TOKENS = 16  # progress even where the time budget is tight
 MIN_SHARE = 0.5  # of the time budget is the prefills', however much the rest of a step takes
+STREAM_TOKENS = 60  # reading and packing K and V for a chunk, however small, costs about what as many queries do
 MAX_SCORED_TOKENS = 256  # of a step, of prompts that are scored: each one's logits take vocab_size floats
 
 
@@ -29,7 +30,7 @@ class Chunk:
 
 
 class StepCost:
-    """Learns seconds = overhead + per_token * n + per_pair * n * (position + n / 2) from the steps that ran.
+    """Learns seconds = overhead + per_token * n + per_pair * (n + STREAM_TOKENS) * (position + n / 2) from the steps.
 
     The two terms come from least squares of relative errors with forgetting: a small chunk tells as much as a large
     one. `overhead` follows the last few steps: what a step takes besides, such as streaming K and V for however few
@@ -38,6 +39,7 @@ class StepCost:
     """
 
     GAIN = 0.3  # of the overhead, for each step
+    KEEP = 0.9  # of it: what the terms explain as well is theirs
     NUM_FIRST = 8  # steps that go to the terms alone, which begin as a guess
     MIN_SECONDS = 1e-6
 
@@ -48,6 +50,7 @@ class StepCost:
         self._num_learned = 0
         self.overhead = 0.0  # seconds of a step with decodes, besides them and the terms
         self.decode_seconds = 0.0  # moving mean of a step without prefill
+        self._alone: tuple[float, float] | None = None  # the terms when a prefill last ran without decodes
 
     def observe(self, seconds: float, chunks: list[Chunk], positions: list[int]) -> None:
         """Learn from a step; `positions` are the chunks' first token positions."""
@@ -55,7 +58,7 @@ class StepCost:
         if not prefills:
             self.decode_seconds += 0.1 * (seconds - self.decode_seconds)
             return
-        pairs = sum(n * (p + n / 2) for n, p in prefills) / 1e6
+        pairs = sum(_pairs(n, p) for n, p in prefills) / 1e6
         if len(prefills) < len(chunks):  # at least a tenth was the prefill's, however slow all else seemed lately
             own = seconds - self.decode_seconds
             self._follow(own, sum(n for n, _ in prefills), pairs)
@@ -66,6 +69,8 @@ class StepCost:
         keep = self._forgetting
         self._xx, self._xy, self._yy = keep * self._xx + x * x, keep * self._xy + x * y, keep * self._yy + y * y
         self._xt, self._yt = keep * self._xt + x, keep * self._yt + y
+        if len(prefills) == len(chunks):
+            self._alone = self.coefficients()
 
     def _follow(self, seconds: float, num_tokens: int, pairs: float) -> None:
         """Move the overhead towards what the last step says, an outlier no more than twice what was expected."""
@@ -74,7 +79,7 @@ class StepCost:
         per_token, per_pair = self.coefficients()
         expected = per_token * num_tokens + per_pair * pairs
         error = min(expected, max(-expected, seconds - expected - self.overhead))
-        self.overhead = max(0.0, self.overhead + self.GAIN * error)
+        self.overhead = max(0.0, self.KEEP * self.overhead + self.GAIN * error)
 
     def coefficients(self) -> tuple[float, float]:
         """Seconds per token, and per million (query, key) pairs; neither negative."""
@@ -89,14 +94,30 @@ class StepCost:
         return self._xt / self._xx, 0.0
 
     def chunk_tokens(self, seconds: float, position: int) -> int:
-        """Tokens at `position` that fit into `seconds`: the positive root of a n + b n (position + n/2) = seconds."""
-        per_token, per_pair = self.coefficients()
-        a, b = per_token + per_pair * position / 1e6, per_pair / 1e6
-        if a <= 0 and b <= 0:
-            return 1 << 20
-        if b * seconds < 1e-12 * max(a, 1e-12):
-            return int(seconds / max(a, 1e-12))
-        return int(((a * a + 2 * b * seconds) ** 0.5 - a) / b)
+        """Tokens at `position` that fit into `seconds`: the positive root of
+        a n + b (n + STREAM_TOKENS) (position + n / 2) = seconds."""
+        return _fitting(*self.coefficients(), seconds, position)
+
+    def least_tokens(self, seconds: float, position: int) -> int:
+        """The same by what prefills cost alone: on a machine so busy that steps wait whatever they do, smaller chunks
+        would not wait less."""
+        return _fitting(*self._alone, seconds, position) if self._alone is not None else 0
+
+
+def _fitting(per_token: float, per_pair: float, seconds: float, position: int) -> int:
+    b = per_pair / 1e6
+    a = per_token + b * (position + STREAM_TOKENS / 2)
+    left = max(0.0, seconds - b * STREAM_TOKENS * position)
+    if a <= 0 and b <= 0:
+        return 1 << 20
+    if b * left < 1e-12 * max(a, 1e-12):
+        return int(left / max(a, 1e-12))
+    return int(((a * a + 2 * b * left) ** 0.5 - a) / b)
+
+
+def _pairs(num_tokens: int, position: int) -> float:
+    """(query, key) pairs of a chunk, and those that reading the keys is worth."""
+    return (num_tokens + STREAM_TOKENS) * (position + num_tokens / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +228,13 @@ class Scheduler:
             if sequence.scores_prompt:
                 num_tokens = min(num_tokens, num_scorable)
             if budgeted:
-                fitting = self.cost.chunk_tokens(seconds, sequence.num_computed)
+                position = sequence.num_computed
+                fitting = self.cost.chunk_tokens(seconds, position)
+                if not chunks:
+                    fitting = max(fitting, self.cost.least_tokens(min(seconds, MIN_SHARE * budget), position))
                 num_tokens = min(num_tokens, max(fitting, 0 if chunks else MIN_CHUNK_TOKENS))
                 per_token, per_pair = self.cost.coefficients()
-                pairs = num_tokens * (sequence.num_computed + num_tokens / 2) / 1e6
+                pairs = _pairs(num_tokens, sequence.num_computed) / 1e6
                 seconds -= per_token * num_tokens + per_pair * pairs
             if num_tokens > 0:
                 sequence.last_chunk_step = self._step_number
