@@ -43,7 +43,9 @@ def run(settings: Settings) -> int:
         return 1
     engine.start()
     step_bytes = asyncio.run(_warm_up(engine, tokenizer))
-    metrics.process_base(memory.resident_bytes(), step_bytes)
+    base_bytes = memory.resident_bytes()
+    metrics.process_base(base_bytes, step_bytes)
+    engine.count_from(base_bytes)
     gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
     trimmer = memory.Trimmer()
     trimmer.start()

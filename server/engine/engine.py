@@ -129,6 +129,10 @@ class Engine:
         self._worker.step_bytes = await self.between_steps(lambda: warm_up(self.config, self._runner, self._manager))
         return self._worker.step_bytes
 
+    def count_from(self, base_bytes: int) -> None:
+        """From now on, what is resident above `base_bytes` and nobody accounts for makes idle segments go earlier."""
+        self._worker.base_bytes = base_bytes
+
     async def between_steps(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the engine thread between two steps; returns or raises what it does."""
         task = Task(work, Future())

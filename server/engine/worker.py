@@ -25,6 +25,7 @@ from server.engine.sampler import Row, Sampled, make_state, sample_rows, score_p
 from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
+from server.memory import resident_bytes
 from server.sessions.manager import SessionManager
 from server.sessions.registry import SessionRegistry
 
@@ -50,6 +51,7 @@ class Worker:
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.step_time_budget_ms / 1000)
         self.scheduler = Scheduler(limits, self._admit)
         self._progress = PrefillProgress()
+        self.base_bytes = 0  # resident before anything is held; set by the engine as well
         self.step_bytes = 0  # working memory of a full prefill step; set by the engine when it is warmed up
         self._seeds = random.Random(config.seed)
         self._by_request: dict[str, list[Sequence]] = {}  # open requests' choices
@@ -369,12 +371,20 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.memory("host", "staging", staging)
-        self._recorder.memory("host", "step", self.step_bytes if prefills else 0)
+        step_bytes = self.step_bytes if prefills else 0
+        self._recorder.memory("host", "step", step_bytes)
+        self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes)
         self._recorder.memory_budget("host", stats.reserved_bytes, stats.limit_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._report_disk()
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
         self.sessions.report()
+
+    def _see_overhead(self, accounted_bytes: int) -> None:
+        """What the process holds above its base and all that is accounted for, and what its next prefill will take."""
+        if self.base_bytes:
+            uncounted = resident_bytes() - self.base_bytes - accounted_bytes
+            self.manager.budget.overhead_bytes = self.step_bytes + max(0, uncounted)
 
     def _report_disk(self) -> None:
         if self.manager.has_disk:

@@ -37,6 +37,7 @@ class Budget:
 
     limit_bytes: int
     reserved_bytes: int = 0  # worst case of running requests that no segment holds yet
+    overhead_bytes: int = 0  # what the process takes besides, as last seen; idle segments give way to it
 
     def fits_ever(self, num_bytes: int) -> bool:
         """Whether an empty server could run it."""
@@ -45,6 +46,10 @@ class Budget:
     def shortfall(self, num_bytes: int, held_bytes: int) -> int:
         """Bytes to free before `num_bytes` more can be reserved while segments hold `held_bytes`."""
         return max(0, self.reserved_bytes + held_bytes + num_bytes - self.limit_bytes)
+
+    def excess(self, held_bytes: int) -> int:
+        """Bytes of idle segments that should go, the overhead counted: it evicts, but refuses nobody."""
+        return self.shortfall(min(self.overhead_bytes, self.limit_bytes // 4), held_bytes)
 
     def reserve(self, num_bytes: int) -> None:
         """Take bytes; the caller has checked that they fit."""

@@ -115,13 +115,17 @@ class SessionManager:
         if shortfall and not self._evictor.evict(shortfall):
             return False
         self.budget.reserve(num_bytes)
+        self._evict_excess()
         return True
 
     def release(self, num_bytes: int) -> None:
         """Give a reservation back, and evict what the segments now hold too much."""
         self.num_changes += 1
         self.budget.release(num_bytes)
-        excess = self.budget.shortfall(0, self.held_bytes())
+        self._evict_excess()
+
+    def _evict_excess(self) -> None:
+        excess = self.budget.excess(self.held_bytes())
         if excess:
             self._evictor.evict(excess, even_if_short=True)
 

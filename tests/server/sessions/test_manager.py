@@ -191,6 +191,18 @@ def test_without_prefix_caching_nothing_is_reused_and_nothing_stays(make_server:
 # --- the budget -----------------------------------------------------------------------------------------
 
 
+def test_what_the_process_takes_besides_evicts_but_refuses_nobody(make_server: Any) -> None:
+    server = make_server(limit_tokens=100)
+    for _ in range(2):
+        server.run(server.tokens(40), num_new=1)
+    server.manager.budget.overhead_bytes = 15 * TOKEN_BYTES
+    assert server.manager.reserve(10 * TOKEN_BYTES)
+    assert [tier for tier, _, _ in server.recorder.evictions] == ["host"]
+    assert server.manager.held_bytes() == 40 * TOKEN_BYTES
+    assert server.manager.reserve(90 * TOKEN_BYTES), "an empty server could run it"
+    assert server.manager.held_bytes() == 0
+
+
 def test_worst_case_counts_an_index_where_there_may_be_one(make_server: Any) -> None:
     plain, indexed = make_server().manager, make_server(has_index=True).manager
     assert plain.worst_case_bytes(1000) == 1000 * TOKEN_BYTES
