@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.schemas import SCHEMAS
+from tests.schemas import SCHEMAS, format_checker
 
 MAX_TOKENS = 600  # a small model writes long strings; these schemas bound nearly everything
 QUESTION = "Describe the quiet harbor as JSON."
-CHECKER = jsonschema.FormatChecker()
+CHECKER = format_checker()
 
 
 def answer_to(client: httpx.Client, schema: dict[str, Any], seed: int, temperature: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from server.engine.grammar import GrammarCompiler, GrammarSpec
 from server.engine.request import Request, SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequestError
-from tests.schemas import SCHEMAS
+from tests.schemas import SCHEMAS, format_checker
 
 
 def draw(constraint: LogitsConstraint, tokenizer: Tokenizer, rng: random.Random, most: int = 2000) -> str:
@@ -51,7 +51,7 @@ def test_finished_json_validates_against_its_schema(
     compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
 ) -> None:
     text = draw(make(compiler, "json_schema", schema), tokenizer, random.Random(seed))
-    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+    jsonschema.validate(json.loads(text), schema, format_checker=format_checker())
 
 
 def test_choice_is_one_of_the_texts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
