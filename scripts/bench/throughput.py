@@ -102,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16], help="ratios are against the first")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=50, help="roughly; distinct in every request")
+    parser.add_argument("--prompt-tokens", type=int, default=50, help="about as many words; distinct in every request")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--sdk", action="store_true", help="the OpenAI SDK instead of raw sockets")
@@ -137,7 +137,7 @@ async def measure(args: argparse.Namespace, level: int, round_number: int) -> Sa
 
 
 def body_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    words = " ".join(WORDS[hash((name, i)) % len(WORDS)] for i in range(args.prompt_tokens // 3))
+    words = " ".join(WORDS[hash((name, i)) % len(WORDS)] for i in range(args.prompt_tokens))
     return {
         "model": args.model,
         "messages": [{"role": "user", "content": f"{name} {words}"}],
