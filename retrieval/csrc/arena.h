@@ -3,11 +3,27 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
-#include "codes.h"
-
 namespace retrieval {
+
+struct AlignedFree {
+  void operator()(std::byte* pointer) const { std::free(pointer); }
+};
+using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
+
+// Zeroed, 64-byte aligned.
+inline AlignedBytes allocate_aligned(std::size_t bytes) {
+  const std::size_t rounded = (bytes + 63) / 64 * 64;
+  void* pointer = std::aligned_alloc(64, rounded);
+  if (pointer == nullptr) throw std::bad_alloc();
+  std::memset(pointer, 0, rounded);
+  return AlignedBytes(static_cast<std::byte*>(pointer));
+}
 
 // Memory that is kept from call to call: pages once touched stay mapped.
 class Arena {

@@ -18,6 +18,51 @@ float phase(const Unit& unit, std::int64_t first_key) {
   return static_cast<float>(z >> 40) * 0x1p-24f;
 }
 
+// What one chunk holds for the heads of a unit.
+struct Marks {
+  std::uint64_t masks[kMaxGroup][kChunkGroups];  // keys that pass the floor of a head
+  std::uint64_t any[kChunkGroups] = {};          // of any head
+  float measure[kChunkKeys];                     // chances of being drawn, where some head draws
+};
+
+void mark_by_bound(const Unit& unit, const Scan& scan, std::int64_t c, int h, Marks& marks) {
+  constexpr int kGroups = kBlockKeys / kGroupKeys;
+  const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
+  const int threshold = scan.threshold(c, h, unit.floor[h]);
+  for (int b = 0; b < kBlocksPerChunk; ++b) {
+    std::uint64_t* mask = marks.masks[h] + b * kGroups;
+    std::fill_n(mask, kGroups, std::uint64_t{0});
+    if (scan.tops[h * scan.tops_stride() + c * kBlocksPerChunk + b] < threshold) continue;
+    kernels().select(bounds + b * kBlockKeys, kGroups, static_cast<std::int16_t>(threshold), mask);
+    for (int g = 0; g < kGroups; ++g) marks.any[b * kGroups + g] |= mask[g];
+  }
+}
+
+void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale, Marks& marks) {
+  const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
+  const std::int16_t* factors = scan.chunk(c).factors;
+  const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
+  const Weigher weigher = scan.weigher(c, h, scale, unit.best[h]);
+  for (int g = 0; g < kChunkGroups; ++g) {
+    const int slot = g * kGroupKeys;
+    const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
+    marks.masks[h][g] = kernels().split(bounds + slot, factors + slot, weigher, floor, visible, unit.draws[h],
+                                        marks.measure + slot);
+    marks.any[g] |= marks.masks[h][g];
+  }
+}
+
+// Largest distance above the floor of a head, of key i of group g.
+float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, int g, int i, const Marks& marks) {
+  float slack = -kInfinity;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if ((marks.masks[h][g] >> i & 1u) == 0) continue;
+    const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
+    slack = std::max(slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
+  }
+  return slack;
+}
+
 }  // namespace
 
 std::int64_t refine(Unit& unit, const Task& task, float scale) {
@@ -25,51 +70,27 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
   std::vector<Candidate>& found = scan.found[task.slot];
   float at = phase(unit, scan.first_key(task.begin));
   std::int64_t num_drawn = 0;
-  std::uint64_t masks[kMaxGroup][kChunkGroups];
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    const CodeChunk& chunk = scan.chunk(c);
-    float measure[kChunkKeys];
-    if (unit.draws_any) std::fill_n(measure, kChunkKeys, 0.0f);
-    std::uint64_t any[kChunkGroups] = {};
+    Marks marks;
+    if (unit.draws_any) std::fill_n(marks.measure, kChunkKeys, 0.0f);
     for (int h = 0; h < unit.queries.num; ++h) {
-      const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
       if (unit.draws[h] > 0.0f) {
-        const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
-        const Weigher weigher = scan.weigher(c, h, scale, unit.best[h]);
-        for (int g = 0; g < kChunkGroups; ++g) {
-          const std::uint64_t visible = range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end);
-          masks[h][g] = kernels().split(bounds + g * kGroupKeys, chunk.factors + g * kGroupKeys, weigher, floor,
-                                        visible, unit.draws[h], measure + g * kGroupKeys);
-          any[g] |= masks[h][g];
-        }
-        continue;
-      }
-      const int threshold = scan.threshold(c, h, unit.floor[h]);
-      for (int b = 0; b < kBlocksPerChunk; ++b) {
-        constexpr int kGroups = kBlockKeys / kGroupKeys;
-        std::uint64_t* mask = masks[h] + b * kGroups;
-        std::fill_n(mask, kGroups, std::uint64_t{0});
-        if (scan.tops[h * scan.tops_stride() + c * kBlocksPerChunk + b] < threshold) continue;
-        kernels().select(bounds + b * kBlockKeys, kGroups, static_cast<std::int16_t>(threshold), mask);
-        for (int g = 0; g < kGroups; ++g) any[b * kGroups + g] |= mask[g];
+        mark_by_weight(unit, scan, c, h, scale, marks);
+      } else {
+        mark_by_bound(unit, scan, c, h, marks);
       }
     }
     for (int g = 0; g < kChunkGroups; ++g) {
       const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
       const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
-      std::uint64_t sure = any[g] & visible, drawn = 0;
-      if (unit.draws_any) drawn = kernels().draw(measure + g * kGroupKeys, sure | ~visible, &at, &sure);
+      const float* measure = marks.measure + g * kGroupKeys;
+      std::uint64_t sure = marks.any[g] & visible, drawn = 0;
+      if (unit.draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
       for_each_bit(sure, [&](int i) {
-        Candidate candidate{static_cast<std::int32_t>(first + i), -kInfinity, 1.0f};
-        for (int h = 0; h < unit.queries.num; ++h) {
-          if ((masks[h][g] >> i & 1u) == 0) continue;
-          const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
-          candidate.slack = std::max(candidate.slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
-        }
-        found.push_back(candidate);
+        found.push_back({static_cast<std::int32_t>(first + i), slack_of(unit, scan, c, g, i, marks), 1.0f});
       });
       for_each_bit(drawn, [&](int i) {
-        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, 1.0f / measure[g * kGroupKeys + i]});
+        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, 1.0f / measure[i]});
       });
       num_drawn += __builtin_popcountll(drawn);
     }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <new>
@@ -131,16 +130,6 @@ void apply_map(const float* map, const float* vectors, int num, int head_dim, fl
 }
 
 }  // namespace
-
-void AlignedFree::operator()(std::byte* pointer) const { std::free(pointer); }
-
-AlignedBytes allocate_aligned(std::size_t bytes) {
-  const std::size_t rounded = (bytes + 63) / 64 * 64;
-  void* pointer = std::aligned_alloc(64, rounded);
-  if (pointer == nullptr) throw std::bad_alloc();
-  std::memset(pointer, 0, rounded);
-  return AlignedBytes(static_cast<std::byte*>(pointer));
-}
 
 Pages::Pages(std::size_t bytes) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));

@@ -27,12 +27,6 @@ inline constexpr int kChunkGroups = 32;
 inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
 inline constexpr int kMaxBits = 4;
 
-struct AlignedFree {
-  void operator()(std::byte* pointer) const;
-};
-using AlignedBytes = std::unique_ptr<std::byte[], AlignedFree>;
-AlignedBytes allocate_aligned(std::size_t bytes);  // zeroed, 64-byte aligned
-
 // Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
 // between what lives for a call.
 class Pages {
