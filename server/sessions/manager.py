@@ -21,7 +21,7 @@ from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import OnlineCodes
 from retrieval.segments import Path, PathHold, Segment, SegmentStore, TokenIds
 from server.engine.recorder import Recorder
-from server.errors import DiskUnavailableError, MemoryExhaustedError
+from server.errors import DiskUnavailableError
 from server.sessions.budget import Budget
 from server.sessions.catalogue import Extension
 from server.sessions.disk import Disk, DiskStats
@@ -302,23 +302,6 @@ class SessionManager:
             self._tier.load(entries, ids, salt, num_bytes)
         hold.release()
         return False
-
-    def fetch(self, token_ids: list[int], salt: str) -> Path:
-        """The longest stored prefix, brought from disk into memory where it is not there yet (blocks meanwhile).
-
-        Raises `MemoryExhaustedError` when there is no room for it.
-        """
-        ids = np.asarray([*token_ids, 0], dtype=np.int32)
-        while not self.prepare(ids.tolist(), salt, at_any_cost=True):
-            if not self.num_pending:
-                stats = self.stats()
-                raise MemoryExhaustedError(
-                    f"no memory to read it from disk: {stats.kv_bytes + stats.index_bytes} bytes held and "
-                    f"{stats.reserved_bytes} reserved of {stats.limit_bytes}"
-                )
-            time.sleep(0.001)
-            self.settle()
-        return self.store.longest_prefix(ids[:-1], salt)
 
     @property
     def disk_bytes(self) -> int:
