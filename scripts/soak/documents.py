@@ -254,15 +254,26 @@ def checked(
     """All figures, and which of them are not as they must be."""
     leaked = settled(server, ZERO_WHEN_IDLE)
     full = server.metrics()
-    base, step, num_sessions = int(full[BASE]), int(full[STEP]), delete_sessions(server)
-    allowed = budget + base + step
+    num_sessions = delete_sessions(server)
     time.sleep(5.0)  # freed pages go back within seconds
     left_bytes = held_bytes(server.metrics())  # document parts that no session's last context held whole stay cached
-    lost_bytes = server.rss_bytes - base - left_bytes
-    used = full[RESIDENT] - base
-    errors = [abs(s.resident_bytes - base - s.accounted_bytes) / max(1, s.resident_bytes - base) for s in samples]
+    result = asked(args, outcome, full) | memory(full, samples, sampler, budget)
+    result |= {
+        "sessions_deleted": num_sessions,
+        "left_when_idle": leaked,
+        "left_cached_bytes": left_bytes,
+        "left_uncounted_bytes": server.rss_bytes - int(full[BASE]) - left_bytes,
+    }
+    result["violations"] = violations(result)
+    for told in (*outcome.different[:5], *outcome.errors[:5]):
+        print(told, file=sys.stderr)
+    return result
+
+
+def asked(args: argparse.Namespace, outcome: Outcome, full: dict[str, float]) -> dict[str, Any]:
+    """What became of the questions."""
     evictions = sum(v for name, v in full.items() if name.startswith("retrieval_evictions_total"))
-    result: dict[str, Any] = {
+    return {
         "seconds": args.seconds,
         "answers": outcome.answers,
         "different": len(outcome.different),
@@ -270,37 +281,43 @@ def checked(
         "first_reads": outcome.first_reads,
         "rereads": outcome.rereads,
         "evictions": int(evictions),
+        "ttft_seconds_cached": round(statistics.median(outcome.ttfts_hit), 4) if outcome.ttfts_hit else None,
+        "ttft_seconds_read": round(statistics.median(outcome.ttfts_read), 4) if outcome.ttfts_read else None,
+    }
+
+
+def memory(full: dict[str, float], samples: list[Sample], sampler: RssSampler, budget: int) -> dict[str, Any]:
+    """What the process took, and how much of it was accounted for."""
+    base, used = int(full[BASE]), full[RESIDENT] - full[BASE]
+    errors = [abs(s.resident_bytes - base - s.accounted_bytes) / max(1, s.resident_bytes - base) for s in samples]
+    return {
         "base_bytes": base,
         "budget_bytes": budget,
+        "step_bytes": int(full[STEP]),
         "max_resident_bytes": sampler.max_bytes,
-        "step_bytes": step,
-        "max_over_budget_and_base": round(sampler.max_bytes / allowed - 1, 4),
+        "max_over_budget_and_base": round(sampler.max_bytes / (budget + base) - 1, 4),
         "max_over_base_as_share_of_budget": round((sampler.max_bytes - base) / budget, 4),
         "accounted_bytes": held_bytes(full),
         "used_above_base_bytes": int(used),
         "accounting_error": round((used - held_bytes(full)) / max(1.0, used), 4),
         "accounting_error_under_load_median": round(statistics.median(errors), 4) if errors else None,
-        "sessions_deleted": num_sessions,
-        "left_when_idle": leaked,
-        "left_cached_bytes": left_bytes,
-        "left_uncounted_bytes": lost_bytes,
-        "ttft_seconds_cached": round(statistics.median(outcome.ttfts_hit), 4) if outcome.ttfts_hit else None,
-        "ttft_seconds_read": round(statistics.median(outcome.ttfts_read), 4) if outcome.ttfts_read else None,
     }
+
+
+def violations(result: dict[str, Any]) -> list[str]:
+    """What is not as it must be."""
+    allowed, left = result["budget_bytes"] + result["base_bytes"], result["left_cached_bytes"]
     rules = {
-        "answers differ": bool(outcome.different),
-        "errors": bool(outcome.errors),
-        "memory above budget + base + 3 %": sampler.max_bytes > (1 + TOLERANCE) * allowed,
+        "answers differ": result["different"] > 0,
+        "errors": result["errors"] > 0,
+        "memory above budget + base + 3 %": result["max_over_budget_and_base"] > TOLERANCE,
         "accounting off by more than 3 %": abs(result["accounting_error"]) > TOLERANCE,
-        "documents were read again without an eviction": outcome.rereads > evictions,
-        "not idle": bool(leaked),
-        "sessions were deleted and their memory did not go": left_bytes >= held_bytes(full) > 0,
-        "leaked more than 3 % of budget and base": lost_bytes > TOLERANCE * allowed,
+        "documents were read again without an eviction": result["rereads"] > result["evictions"],
+        "not idle": bool(result["left_when_idle"]),
+        "sessions were deleted and their memory did not go": left >= result["accounted_bytes"] > 0,
+        "leaked more than 3 % of budget and base": result["left_uncounted_bytes"] > TOLERANCE * allowed,
     }
-    result["violations"] = [name for name, is_broken in rules.items() if is_broken]
-    for told in (*outcome.different[:5], *outcome.errors[:5]):
-        print(told, file=sys.stderr)
-    return result
+    return [name for name, is_broken in rules.items() if is_broken]
 
 
 if __name__ == "__main__":
