@@ -122,6 +122,7 @@ class Task {
   void open();
   void attend_keys(const Part& part, std::int64_t offset, std::int64_t begin, std::int64_t end);
   void add_folds(std::int64_t block, std::int64_t begin, int num_keys);
+  tiles::Ahead ahead(const std::uint16_t* rows, std::int64_t size) const;
   void close(const Target& target);
 
   const Chunk& chunk_;
@@ -163,7 +164,7 @@ void Task::open() {
   weights_ = allocate<std::uint16_t>(2 * tiles::kBlockKeys * tiles::kRows);
   keys_ = allocate<std::uint16_t>(std::int64_t{tiles::kBlockSteps} * packed_size_);
   values_ = allocate<std::uint16_t>(std::int64_t{tiles::kBlockSteps} * packed_size_);
-  key_block_ = {keys_.get(), values_.get()};
+  key_block_.values = values_.get();
   pipeline_.num_slices = num_slices_;
   pipeline_.scale_log2 = chunk_.scale * 1.44269504f;
   pipeline_.scores = scores_.get();
@@ -217,18 +218,36 @@ void Task::attend_keys(const Part& part, std::int64_t offset, std::int64_t begin
   for (int step = 0; step * tiles::kStepKeys < num_keys; ++step) {
     const int first = step * tiles::kStepKeys;
     const int count = std::min(tiles::kStepKeys, num_keys - first);
-    tiles::pack_keys(key_rows + std::int64_t{first} * part.head_dim, count, part.head_dim, num_slices_,
-                     keys_.get() + step * packed_size_);
+    const std::uint16_t* keys = key_rows + std::int64_t{first} * part.head_dim;
+    key_block_.keys[step] = keys;
+    if (count < tiles::kStepKeys || part.head_dim != num_slices_ * 32) {
+      std::uint16_t* packed = keys_.get() + step * packed_size_;
+      tiles::pack_keys(keys, count, part.head_dim, num_slices_, packed);
+      key_block_.keys[step] = packed;
+    }
     tiles::pack_values(value_rows + std::int64_t{first} * part.head_dim, count, part.head_dim, num_slices_,
                        values_.get() + step * packed_size_);
   }
   folds_.clear();
   for (std::size_t b = 0; b < blocks_.size(); ++b) add_folds(static_cast<std::int64_t>(b), begin, num_keys);
+  const std::int64_t last = std::min(last_key_, offset + part.end - part.begin);
+  const std::int64_t num_next = std::min<std::int64_t>(last - end, tiles::kBlockKeys);
+  pipeline_.keys_ahead = ahead(key_rows + std::int64_t{num_keys} * part.head_dim, num_next * part.head_dim);
+  pipeline_.values_ahead = ahead(value_rows + std::int64_t{num_keys} * part.head_dim, num_next * part.head_dim);
   pipeline_.scored_keys = nullptr;  // those of the previous key block are gone
   for (std::size_t i = 0; i < folds_.size(); ++i) {
     tiles::fold(folds_[i], i + 1 < folds_.size() ? &folds_[i + 1] : nullptr, pipeline_);
   }
   tiles::settle(pipeline_);
+}
+
+// Elements to fetch over all steps of the present folds.
+tiles::Ahead Task::ahead(const std::uint16_t* rows, std::int64_t size) const {
+  std::int64_t num_steps = 0;
+  for (const tiles::Fold& fold : folds_) num_steps += fold.last - fold.first;
+  if (size <= 0 || num_steps == 0) return {};
+  const auto* begin = reinterpret_cast<const char*>(rows);
+  return {begin, begin + 2 * size, static_cast<int>(divide_up(divide_up(2 * size, 64), tiles::Ahead::kTurns * num_steps))};
 }
 
 // One row block against a key block that starts at position begin: steps that some rows do not see in part,

@@ -56,7 +56,7 @@ inline void transpose16(__m512i* r) {
 
 // Scores of 32 keys by 32 rows, [2 halves of keys][2 tiles of rows][16][16]: 2 * num_slices units.
 struct Scorer {
-  const std::uint16_t* keys;
+  const std::uint16_t* keys;  // [32][num_slices * 32]
   const std::uint16_t* queries;
   float* scores;
   int half = 0, slice = 0;
@@ -66,7 +66,7 @@ struct Scorer {
       _tile_zero(4);
       _tile_zero(5);
     }
-    _tile_loadd(6, keys + (half * num_slices + slice) * kTile, 64);
+    _tile_loadd(6, keys + half * num_slices * kTile + slice * 32, static_cast<size_t>(num_slices) * 64);
     _tile_loadd(7, queries + slice * kTile, 64);
     _tile_dpbf16ps(4, 6, 7);
     _tile_loadd(7, queries + (num_slices + slice) * kTile, 64);
@@ -112,6 +112,13 @@ inline void accumulate(Pipeline& p, int num_slices) {
   _tile_stored(3, sums + 3 * kFloatTile, 64);
   p.waiting_step = p.waiting_first;
   if (++p.waiting_slice == num_slices) p.waiting_rows = nullptr;
+}
+
+// Into the second-level cache: the first has no room beside what a step works on.
+inline void fetch(Ahead& ahead) {
+  for (int i = 0; i < ahead.lines_per_turn && ahead.next < ahead.end; ++i, ahead.next += 64) {
+    _mm_prefetch(ahead.next, _MM_HINT_T1);
+  }
 }
 
 inline void accumulate_all(Pipeline& p, int num_slices) {
@@ -278,7 +285,7 @@ void fold_steps(const Fold& fold, const Fold* next, const Visible* visible, Pipe
   const __m512 scale = _mm512_set1_ps(p.scale_log2);
   RowBlock& rows = *fold.rows;
   std::uint16_t* all_weights = p.weights[p.weights_in];
-  const auto keys_of = [&](const Fold& f, int step) { return f.block->keys + step * packed_size(num_slices); };
+  const auto keys_of = [&](const Fold& f, int step) { return f.block->keys[step]; };
   const auto scores_in = [&](int which) { return p.scores + which * kStepKeys * kRows; };
   publish();
   if (p.scored_keys != keys_of(fold, fold.first) || p.scored_queries != rows.queries) {
@@ -302,6 +309,10 @@ void fold_steps(const Fold& fold, const Fold* next, const Visible* visible, Pipe
     // Eight turns for 2 * num_slices units of scores, then as many of values.
     int num_done = 0;
     const auto units = [&](int turn) {
+      if (turn % (8 / Ahead::kTurns) == 0) {
+        fetch(p.keys_ahead);
+        fetch(p.values_ahead);
+      }
       for (; 2 * num_done < (turn + 1) * num_slices; ++num_done) {
         if (num_done < 2 * num_slices) {
           if (scorer.keys != nullptr) scorer.advance(num_slices);
@@ -383,8 +394,8 @@ void pack_queries(const std::uint16_t* const* rows, int head_dim, int num_slices
 void pack_keys(const std::uint16_t* rows, int num_keys, int head_dim, int num_slices, std::uint16_t* packed) {
   for (int i = 0; i < kStepKeys; ++i) {
     const std::uint16_t* row = i < num_keys ? rows + static_cast<size_t>(i) * static_cast<size_t>(head_dim) : nullptr;
-    std::uint16_t* target = packed + (i / 16) * num_slices * kTile + (i % 16) * 32;
-    for (int s = 0; s < num_slices; ++s) _mm512_store_si512(target + s * kTile, load_dims(row, 32 * s, head_dim));
+    std::uint16_t* target = packed + i * num_slices * 32;
+    for (int s = 0; s < num_slices; ++s) _mm512_store_si512(target + s * 32, load_dims(row, 32 * s, head_dim));
   }
 }
 

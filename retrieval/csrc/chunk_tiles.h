@@ -1,9 +1,9 @@
 // The inner loops of chunk.cpp on AMX tiles; plain pointers only, see distance.h on why.
 //
 // Everything is transposed: scores are [key][row], so that running maxima and sums are vectors over rows,
-// keys need no repacking beyond padding, and the weights leave the exponential in the pair layout that the
-// second product wants. A step is 32 keys; a weight pair is keys i and i + 16 of a step, and packed values
-// follow that order.
+// keys are read where they lie unless they need padding, and the weights leave the exponential in the pair
+// layout that the second product wants. A step is 32 keys; a weight pair is keys i and i + 16 of a step, and
+// packed values follow that order.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ inline constexpr int kWeightExponent = 16;  // weights are 2^-16 times what they
 
 // Keys and values of up to kBlockKeys consecutive positions.
 struct KeyBlock {
-  const std::uint16_t* keys;    // packed, one step after the other
-  const std::uint16_t* values;
+  const std::uint16_t* keys[kBlockSteps];  // each step's, [32][num_slices * 32]
+  const std::uint16_t* values;             // packed, one step after the other
 };
 
 // Steps [first, last) of a key block, to be folded into a row block.
@@ -44,6 +44,15 @@ struct Fold {
   int first, last;
   const int* begin;  // row r sees keys [begin[r], end[r]) of the block; null: all rows see all keys of the steps
   const int* end;
+};
+
+// Rows of the key block to come, on their way into the cache while this one is folded. A chunk of few queries would
+// else wait for memory most of the time.
+struct Ahead {
+  static constexpr int kTurns = 2;  // per step
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int lines_per_turn = 0;  // of 64 bytes
 };
 
 // What one task carries from fold to fold.
@@ -62,6 +71,7 @@ struct Pipeline {
   const std::uint16_t* waiting_values = nullptr;  // of the block's first step
   const std::uint16_t* waiting_weights = nullptr;
   int waiting_first = 0, waiting_last = 0, waiting_step = 0, waiting_slice = 0, waiting_half = 0;
+  Ahead keys_ahead, values_ahead;
 };
 
 // Save the thread's tile configuration and set ours; leave restores it.
@@ -70,7 +80,7 @@ void leave(const unsigned char* saved64);
 
 // rows[i]: row i of head_dim elements, or null for a row of zeros; 32 rows.
 void pack_queries(const std::uint16_t* const* rows, int head_dim, int num_slices, std::uint16_t* packed);
-// num_keys <= 32 consecutive rows of head_dim elements; the rest is zero.
+// num_keys <= 32 consecutive rows of head_dim elements; the rest is zero. Keys stay rows, [32][num_slices * 32].
 void pack_keys(const std::uint16_t* rows, int num_keys, int head_dim, int num_slices, std::uint16_t* packed);
 void pack_values(const std::uint16_t* rows, int num_keys, int head_dim, int num_slices, std::uint16_t* packed);
 
