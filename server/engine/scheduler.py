@@ -16,7 +16,7 @@ from server.engine.sequence import Sequence
 FAIR_SHARE = 4
 MIN_CHUNK_TOKENS = 16  # progress even where the time budget is tight
 MIN_SHARE = 0.5  # of the time budget is the prefills', however much the rest of a step takes
-STREAM_TOKENS = 60  # reading and packing K and V for a chunk, however small, costs about what as many queries do
+STREAM_TOKENS = 30  # reading and packing K and V for a chunk, however small, costs about what as many queries do
 MAX_SCORED_TOKENS = 256  # of a step, of prompts that are scored: each one's logits take vocab_size floats
 
 
