@@ -354,6 +354,7 @@ class Worker:
 
     def report(self) -> None:
         """Between two steps: take over what was built meanwhile, and show what runs, waits and is held."""
+        self._last_report = time.perf_counter()
         self.manager.settle()
         running, waiting = self.scheduler.running, self.scheduler.waiting
         unread = sum(s.num_remaining for s in waiting if s.context is None)
