@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retrieval.context import Context, Run
 from retrieval.merge import Partial, empty_partial, merge
+from retrieval.native import Lent
 from retrieval.partial_attention import attend_grouped
 from retrieval.segment_index import CodesIndex
 
@@ -147,8 +148,8 @@ class NativeDecoder(Decoder):
         host = queries.to("cpu").contiguous()
         bound = [row.bound or self._bind_row(row) for row in rows]
         parts = [row.layers[layer_idx] for row in bound]
-        out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:-1])
-        cost = self._core.attend_layer(host, parts, scale, out, lse, self._budget)
+        out, lse = torch.empty_like(host, dtype=torch.float32), torch.empty(host.shape[:-1])
+        cost = self._core.attend_layer(Lent(host), parts, scale, Lent(out), Lent(lse), self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
         out, lse = out.to(queries.device), lse.to(queries.device)
         for i, row in enumerate(bound):

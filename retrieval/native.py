@@ -9,6 +9,10 @@ import importlib
 import logging
 from functools import cache
 from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -21,3 +25,19 @@ def core() -> ModuleType | None:
     except ImportError as error:
         logger.warning("the C++ core is missing (%s): attention runs in torch, and `rabitq` and `roar` are off", error)
         return None
+
+
+class Lent:
+    """A tensor as the core takes it, at a third of the cost: torch's own `__dlpack__` checks for other libraries what
+    here is known."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return to_dlpack(self._tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # the CPU
