@@ -103,18 +103,16 @@ def attend_packed(
     Writes K and V to each context's tail (committed by the caller after the pass); returns the shape and
     dtype of the queries.
     """
-    num_decodes = len(step.decodes)
-    if num_decodes:
-        _write_decodes(keys[:num_decodes], values[:num_decodes], layer_idx, step)
     if not step.prefills:
-        return _decode(queries, layer_idx, scale, sliding_window, step).to(queries.dtype)
+        return attend_decodes(queries, keys, values, layer_idx, scale, sliding_window, step).to(queries.dtype)
     out = torch.empty_like(queries)
+    if step.decodes:
+        rows = slice(0, len(step.decodes))
+        out[rows] = attend_decodes(queries[rows], keys[rows], values[rows], layer_idx, scale, sliding_window, step)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     for span in step.prefills:
         rows = slice(span.row, span.row + span.num_tokens)
         span.context.tail.write(layer_idx, keys[:, rows], values[:, rows])
-    if num_decodes:
-        out[:num_decodes] = _decode(queries[:num_decodes], layer_idx, scale, sliding_window, step)
     for span in step.prefills:
         rows = slice(span.row, span.row + span.num_tokens)
         chunk = queries[rows].transpose(0, 1)
@@ -135,12 +133,15 @@ def _write_decodes(keys: Tensor, values: Tensor, layer_idx: int, step: Step) -> 
         torch._foreach_copy_(step.targets(layer_idx), [*keys.unbind(0), *values.unbind(0)])
 
 
-def _decode(queries: Tensor, layer_idx: int, scale: float, window: int | None, step: Step) -> Tensor:
-    """queries `[num_decodes, num_q_heads, head_dim]`; float32 output of the same shape."""
+def attend_decodes(
+    queries: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: float, window: int | None, step: Step
+) -> Tensor:
+    """As `attend_packed` for the step's decodes alone, one row each; float32 output."""
+    _write_decodes(keys, values, layer_idx, step)
     started = time.perf_counter()
     report = step.report
     if report.keep_queries_of == layer_idx:
-        report.kept_queries = queries
+        report.kept_queries = queries.clone()  # their memory may be used anew before they are looked at
     out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, report.stats)
     report.seconds += time.perf_counter() - started
     return out

@@ -4,13 +4,13 @@ Made from a loaded transformers model, whose weights it shares or concatenates; 
 forward up to rounding. Exists because a small model's decode step is all dispatch: transformers' forward costs
 a few milliseconds whatever the context. A model it does not know runs through transformers.
 
-Decode steps of a small 16-bit model on a CPU run in float32 over a float32 copy of the weights: a product with a
-handful of rows is two to four times faster there than oneDNN's in bfloat16, which pays for large products only.
+Decode steps of a small model on a CPU have a pass of their own, in float32 over a float32 copy of the weights: a
+product with a handful of rows is two to four times faster there than oneDNN's in bfloat16, which pays only for large
+ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,55 +19,14 @@ from torch.nn import functional
 
 from retrieval.attention import Step, attend_packed
 from retrieval.geometry import Geometry
+from server.engine.decode_pass import DecodePass
+from server.engine.fused_layer import FusedLayer, Weights
 
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies hang on the length
 ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-
-
-@dataclass(frozen=True, slots=True)
-class FusedLayer:
-    """Weights of one decoder layer; `qkv` and `gate_up` are concatenated along their outputs."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden]
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # [head_dim], Qwen3
-    k_norm: Tensor | None
-    out: Tensor  # [hidden, num_q_heads * head_dim]
-    out_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    down: Tensor  # [hidden, intermediate]
-    scale: float
-    sliding_window: int | None
-
-    def widened(self) -> FusedLayer:
-        """A float32 copy."""
-        tensors: dict[str, Any] = {
-            f.name: value.float() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """All weights of one forward, in one dtype."""
-
-    embedding: Tensor  # [vocab_size, hidden]
-    layers: list[FusedLayer]
-    norm: Tensor
-    head: Tensor  # [vocab_size, hidden]
-    head_bias: Tensor | None
-
-    def widened(self) -> Weights:
-        """A float32 copy; a tied embedding stays one tensor."""
-        embedding = self.embedding.float()
-        head = embedding if self.head is self.embedding else self.head.float()
-        bias = None if self.head_bias is None else self.head_bias.float()
-        return Weights(embedding, [layer.widened() for layer in self.layers], self.norm.float(), head, bias)
 
 
 class FusedModel:
@@ -84,23 +43,30 @@ class FusedModel:
         is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         head = embedding if is_tied else model.lm_head.weight.detach()
         self._weights = Weights(embedding, layers, model.model.norm.weight.detach(), head, model.lm_head.bias)
-        self._wide = self._weights.widened() if _pays_to_widen(model) else None
+        wide = self._weights.widened() if _is_small(model) else None
+        self._decode_pass = DecodePass(wide, geometry, self._epsilon) if wide is not None else None
 
     def forward(self, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
         """tokens and positions int64 `[num_tokens]`, wanted rows; logits float32 `[num_wanted, vocab_size]`.
 
-        Where there are wide weights, decode rows go through them together and each prefill through the others by
+        Where there is a pass for decodes, their rows go through it together and each prefill through this one by
         itself: products round differently in other shapes, and what a sequence computes should not depend on what
         else is in the batch.
         """
-        if self._wide is None:
+        if self._decode_pass is None:
             return self._run(self._weights, tokens, positions, wanted, step).float()
         logits = []
         for part, rows in step.split():
             inside = [row - rows.start for row in wanted if rows.start <= row < rows.stop]
-            weights = self._wide if part.decodes else self._weights
-            logits.append(self._run(weights, tokens[rows], positions[rows], inside, part).float())
-        return torch.cat(logits)
+            logits.append(self._run_part(tokens[rows], positions[rows], inside, part))
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _run_part(self, tokens: Tensor, positions: Tensor, wanted: list[int], part: Step) -> Tensor:
+        if self._decode_pass is None or not part.decodes:
+            return self._run(self._weights, tokens, positions, wanted, part).float()
+        cos, sin = self._rotation(self._decode_pass.embedding, positions)
+        logits = self._decode_pass.forward(tokens, cos, sin, part)
+        return logits if len(wanted) == len(logits) else logits[wanted]
 
     def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
         hidden = functional.embedding(tokens, weights.embedding)
@@ -146,12 +112,10 @@ class FusedModel:
         return functional.linear(functional.silu(gate) * up, layer.down)
 
 
-def _pays_to_widen(model: Any) -> bool:
-    """A 16-bit model on a CPU, so small that a second copy in float32 costs little memory."""
-    weight = model.lm_head.weight
+def _is_small(model: Any) -> bool:
+    """A model on a CPU, so small that a second copy in float32 costs little memory."""
     num_parameters: int = sum(p.numel() for p in model.parameters())
-    is_narrow: bool = weight.device.type == "cpu" and weight.dtype != torch.float32
-    return is_narrow and num_parameters <= MAX_WIDE_PARAMETERS
+    return model.lm_head.weight.device.type == "cpu" and num_parameters <= MAX_WIDE_PARAMETERS
 
 
 def fuse(model: Any, geometry: Geometry) -> FusedModel | None:
