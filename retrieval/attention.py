@@ -96,16 +96,23 @@ class Step:
 
 
 def attend_packed(
-    queries: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: float, sliding_window: int | None, step: Step
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layer_idx: int,
+    scale: float,
+    sliding_window: int | None,
+    step: Step,
+    out: Tensor | None = None,
 ) -> Tensor:
     """queries `[num_tokens, num_q_heads, head_dim]`, keys and values `[num_tokens, num_kv_heads, head_dim]`.
 
     Writes K and V to each context's tail (committed by the caller after the pass); returns the shape and
-    dtype of the queries.
+    dtype of the queries, in `out` where the caller has room for it and anything is prefilled.
     """
     if not step.prefills:
         return attend_decodes(queries, keys, values, layer_idx, scale, sliding_window, step).to(queries.dtype)
-    out = torch.empty_like(queries)
+    out = torch.empty_like(queries) if out is None else out
     if step.decodes:
         rows = slice(0, len(step.decodes))
         out[rows] = attend_decodes(queries[rows], keys[rows], values[rows], layer_idx, scale, sliding_window, step)
@@ -120,7 +127,7 @@ def attend_packed(
         if span.context.online_codes is not None:
             tail = span.context.tail
             span.context.online_codes.extend(layer_idx, tail, tail.length + span.num_tokens, chunk)
-        out[rows] = attend_chunk(chunk, span.context, layer_idx, scale, sliding_window).transpose(0, 1)
+        attend_chunk(chunk, span.context, layer_idx, scale, sliding_window, out[rows].transpose(0, 1))
     return out
 
 

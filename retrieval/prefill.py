@@ -24,17 +24,25 @@ SLIDING_ROWS = 512  # queries whose masked scores are held at once
 
 
 def attend_chunk(
-    queries: Tensor, context: Context, layer_idx: int, scale: float, sliding_window: int | None = None
+    queries: Tensor,
+    context: Context,
+    layer_idx: int,
+    scale: float,
+    sliding_window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the newest `n` tokens, whose K and V were written to the tail but not committed.
 
-    queries `[num_q_heads, n, head_dim]` at positions `num_tokens .. num_tokens + n`; returns float32
-    `[num_q_heads, n, head_dim]`.
+    queries `[num_q_heads, n, head_dim]` at positions `num_tokens .. num_tokens + n`; fills and returns `out` of their
+    shape, float32 where none is given, else float32 or the queries' dtype, its last dimension dense.
     """
+    out = torch.empty(queries.shape, device=queries.device) if out is None else out
     core = usable_core(queries, context)
     if core is not None:
-        return attend_chunk_native(core, queries, context, layer_idx, scale, sliding_window)
-    return attend_chunk_torch(queries, context, layer_idx, scale, sliding_window)
+        attend_chunk_native(core, queries, context, layer_idx, scale, sliding_window, out)
+    else:
+        out.copy_(attend_chunk_torch(queries, context, layer_idx, scale, sliding_window))
+    return out
 
 
 def usable_core(queries: Tensor, context: Context) -> Any | None:
@@ -55,16 +63,20 @@ def has_own_threads(geometry: Geometry) -> bool:
 
 
 def attend_chunk_native(
-    core: Any, queries: Tensor, context: Context, layer_idx: int, scale: float, sliding_window: int | None = None
-) -> Tensor:
+    core: Any,
+    queries: Tensor,
+    context: Context,
+    layer_idx: int,
+    scale: float,
+    sliding_window: int | None,
+    out: Tensor,
+) -> None:
     """As `attend_chunk`, by the core; the softmax weights are rounded to bf16 as torch's CPU kernel rounds them."""
     n = queries.shape[1]
     runs = context.runs(num_new=n)
     parts = [core.Part(run.kv.keys[layer_idx], run.kv.values[layer_idx], run.begin, run.end) for run in runs]
     rows = queries if queries.stride(-1) == 1 else queries.contiguous()
-    out = torch.empty(queries.shape)
     core.attend_chunk(rows, parts, n, scale, out, None, sliding_window)
-    return out
 
 
 def attend_chunk_torch(

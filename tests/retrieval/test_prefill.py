@@ -106,3 +106,13 @@ def test_runs_on_the_device_are_not_cut(world: Any) -> None:
     blocks = list(prefill._blocks(context.runs(), 0, torch.device("cpu")))
     assert [keys.shape[1] for keys, _ in blocks] == [20, 5]
     assert blocks[0][0].data_ptr() == context.path[0].segment.kv.keys[0].data_ptr(), "nothing is copied"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_goes_where_the_caller_wants_it(make_world: Any, make_geometry: Any, dtype: torch.dtype) -> None:
+    world = make_world(make_geometry(dtype=dtype))
+    context, queries = world.context([20], [20], num_tail=5), world.randn(4, 6, 16)
+    world.extend(context.tail, 6, commit=False)
+    out = torch.empty(6, 4, 16, dtype=dtype).transpose(0, 1)
+    assert attend_chunk(queries, context, 0, world.scale, None, out) is out
+    assert torch.equal(out, attend_chunk(queries, context, 0, world.scale).to(dtype))

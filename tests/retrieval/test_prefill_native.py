@@ -194,7 +194,8 @@ def test_the_context_path_agrees_with_its_torch_twin(make_world: Any, make_geome
     context = world.context([20, 16], [11, 16], num_tail=5)
     queries = world.randn(4, 6, 16)
     world.extend(context.tail, 6, commit=False)
-    found = attend_chunk_native(core, queries, context, 1, world.scale, window)
+    found = torch.empty(queries.shape)
+    attend_chunk_native(core, queries, context, 1, world.scale, window, found)
     torch.testing.assert_close(
         found, attend_chunk_torch(queries, context, 1, world.scale, window), atol=TOLERANCE, rtol=TOLERANCE
     )
