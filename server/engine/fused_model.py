@@ -21,11 +21,14 @@ from retrieval.attention import Step, attend_packed
 from retrieval.geometry import Geometry
 from server.engine.decode_pass import DecodePass
 from server.engine.fused_layer import FusedLayer, Weights
+from server.engine.workspace import Room, Workspace
 
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies hang on the length
+MIN_ROOM_ROWS = 64  # tensors of fewer rows are so small that the heap serves them best
+HEAP = Room()
 ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
 
@@ -45,6 +48,8 @@ class FusedModel:
         self._weights = Weights(embedding, layers, model.model.norm.weight.detach(), head, model.lm_head.bias)
         wide = self._weights.widened() if _is_small(model) else None
         self._decode_pass = DecodePass(wide, geometry, self._epsilon) if wide is not None else None
+        self._workspace = Workspace()
+        self._most_rows = 0  # of a pass in the workspace
 
     def forward(self, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
         """tokens and positions int64 `[num_tokens]`, wanted rows; logits float32 `[num_wanted, vocab_size]`.
@@ -68,48 +73,74 @@ class FusedModel:
         logits = self._decode_pass.forward(tokens, cos, sin, part)
         return logits if len(wanted) == len(logits) else logits[wanted]
 
+    @property
+    def workspace(self) -> Workspace:
+        """What the passes of many rows compute in."""
+        return self._workspace
+
+    def reserve(self, num_rows: int) -> None:
+        """Hold what passes of so many rows take, from what the longest one so far has taken: it grows by the rows."""
+        if self._most_rows:
+            self._workspace.reserve(-(-self._workspace.needed_bytes * num_rows // self._most_rows))
+
     def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
-        hidden = functional.embedding(tokens, weights.embedding)
+        room = self._room(len(tokens))
+        embedding = weights.embedding
+        hidden = torch.index_select(
+            embedding, 0, tokens, out=room.take((len(tokens), embedding.shape[1]), embedding.dtype)
+        )
         cos, sin = self._rotation(hidden, positions)
         for layer_idx, layer in enumerate(weights.layers):
-            hidden = hidden + self._attend(layer, layer_idx, hidden, cos, sin, step)
-            hidden = hidden + self._feed_forward(layer, hidden)
+            mark = room.mark()
+            hidden.add_(self._attend(layer, layer_idx, hidden, cos, sin, step, room))
+            room.release(mark)
+            hidden.add_(self._feed_forward(layer, hidden, room))
+            room.release(mark)
         if len(wanted) != len(hidden):
             hidden = hidden[torch.tensor(wanted, device=hidden.device, dtype=torch.int64)]
         return functional.linear(rms_norm(hidden, weights.norm, self._epsilon), weights.head, weights.head_bias)
+
+    def _room(self, num_tokens: int) -> Room:
+        if num_tokens < MIN_ROOM_ROWS or self._weights.embedding.device.type != "cpu":
+            return HEAP
+        self._most_rows = max(self._most_rows, num_tokens)
+        self._workspace.begin()
+        return self._workspace
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[num_tokens, 1, head_dim]` in the dtype of `hidden`."""
         if not self._has_fixed_frequencies:
             cos, sin = self._rotary(hidden[None], position_ids=positions[None])
             return cos[0, :, None], sin[0, :, None]
-        angles = (positions[:, None].float() * self._rotary.inv_freq.float()).repeat(1, 2)[:, None]
+        angles = positions[:, None].float() * self._rotary.inv_freq.float()  # of the first half; the second is alike
         scaling = self._rotary.attention_scaling
-        if scaling == 1.0:
-            return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
-        return (angles.cos() * scaling).to(hidden.dtype), (angles.sin() * scaling).to(hidden.dtype)
+        waves = [angles.cos(), angles.sin()] if scaling == 1.0 else [angles.cos() * scaling, angles.sin() * scaling]
+        cos, sin = (wave.to(hidden.dtype).repeat(1, 2)[:, None] for wave in waves)
+        return cos, sin
 
     def _attend(
-        self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step
+        self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step, room: Room
     ) -> Tensor:
         g = self._geometry
         step.announce()
-        normed = rms_norm(hidden, layer.input_norm, self._epsilon)
-        heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, g.head_dim)
+        normed = rms_norm(hidden, layer.input_norm, self._epsilon, room)
+        heads = linear(normed, layer.qkv, layer.qkv_bias, room).view(len(hidden), -1, g.head_dim)
         rotated, values = heads[:, : g.num_q_heads + g.num_kv_heads], heads[:, g.num_q_heads + g.num_kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries = rms_norm(rotated[:, : g.num_q_heads], layer.q_norm, self._epsilon)
-            keys = rms_norm(rotated[:, g.num_q_heads :], layer.k_norm, self._epsilon)
-            rotated = torch.cat((queries, keys), dim=1)
-        rotated = rotate(rotated, cos, sin)
-        queries, keys = rotated[:, : g.num_q_heads].to(g.dtype).contiguous(), rotated[:, g.num_q_heads :]
-        attended = attend_packed(queries, keys, values, layer_idx, layer.scale, layer.sliding_window, step)
-        return functional.linear(attended.view(len(hidden), -1).to(hidden.dtype), layer.out, layer.out_bias)
+            queries = rms_norm(rotated[:, : g.num_q_heads], layer.q_norm, self._epsilon, room)
+            keys = rms_norm(rotated[:, g.num_q_heads :], layer.k_norm, self._epsilon, room)
+            rotated = torch.cat((queries, keys), dim=1, out=room.take(tuple(rotated.shape), rotated.dtype))
+        rotated = rotate(rotated, cos, sin, room)
+        queries, keys = cast(rotated[:, : g.num_q_heads], g.dtype, room), rotated[:, g.num_q_heads :]
+        out = room.take(tuple(queries.shape), g.dtype)
+        attended = attend_packed(queries, keys, values, layer_idx, layer.scale, layer.sliding_window, step, out)
+        return linear(attended.view(len(hidden), -1).to(hidden.dtype), layer.out, layer.out_bias, room)
 
-    def _feed_forward(self, layer: FusedLayer, hidden: Tensor) -> Tensor:
-        normed = rms_norm(hidden, layer.post_norm, self._epsilon)
-        gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, layer.down)
+    def _feed_forward(self, layer: FusedLayer, hidden: Tensor, room: Room) -> Tensor:
+        normed = rms_norm(hidden, layer.post_norm, self._epsilon, room)
+        gate, up = linear(normed, layer.gate_up, None, room).chunk(2, dim=-1)
+        gated = functional.silu(gate, inplace=True)
+        return linear(torch.mul(gated, up, out=room.take(tuple(up.shape), up.dtype)), layer.down, None, room)
 
 
 def _is_small(model: Any) -> bool:
@@ -159,16 +190,45 @@ def _fuse(layer: Any, sliding_window: int | None) -> FusedLayer:
     )
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, room: Room = HEAP) -> Tensor:
+    """`functional.linear` of `[num_tokens, in_features]`, in the room's memory."""
+    out = room.take((len(rows), len(weight)), rows.dtype)
+    if out is None:
+        return functional.linear(rows, weight, bias)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, room: Room = HEAP) -> Tensor:
+    """A dense copy, or in the heap's case the tensor itself where it is dense and of that dtype already."""
+    out = room.take(tuple(tensor.shape), dtype)
+    return tensor.to(dtype).contiguous() if out is None else out.copy_(tensor)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, room: Room = HEAP) -> Tensor:
     """Root mean square layer norm in float32, rounded to the input's dtype before the weight is applied."""
     if hidden.dtype == torch.float32:
         return torch.rms_norm(hidden, weight.shape, weight, epsilon)
-    wide = hidden.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
-    return (wide * scale).to(hidden.dtype) * weight
+    normed = room.take(tuple(hidden.shape), hidden.dtype)
+    mark = room.mark()
+    wide = cast(hidden, torch.float32, room)
+    square = torch.square(wide, out=room.take(tuple(hidden.shape), torch.float32))
+    wide.mul_(torch.rsqrt(square.mean(-1, keepdim=True).add_(epsilon)))
+    room.release(mark)
+    normed = wide.to(hidden.dtype) if normed is None else normed.copy_(wide)
+    return normed.mul_(weight)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, room: Room = HEAP) -> Tensor:
     """Rotary embedding of `[num_tokens, heads, head_dim]`, halves paired as in transformers' Llama."""
     first, second = heads.chunk(2, dim=-1)
-    return torch.addcmul(heads * cos, torch.cat((-second, first), dim=-1), sin)
+    rotated = torch.mul(heads, cos, out=room.take(tuple(heads.shape), heads.dtype))
+    turned = room.take(tuple(heads.shape), heads.dtype)
+    if turned is None:
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        begin, end = turned.chunk(2, dim=-1)
+        torch.neg(second, out=begin)
+        end.copy_(first)
+    return torch.addcmul(rotated, turned, sin, out=rotated)

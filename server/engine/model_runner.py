@@ -165,6 +165,11 @@ class ModelRunner:
         logits: Tensor = output.logits[0].float().cpu()
         return logits
 
+    def reserve(self, num_tokens: int) -> None:
+        """Hold from now on what steps of so many tokens compute in; steps of fewer have been run."""
+        if self._fused is not None:
+            self._fused.reserve(num_tokens)
+
     def close(self) -> None:
         """Wait for the live check under way."""
         if self.probe is not None:

@@ -25,17 +25,20 @@ NUM_SHAPES = 10  # numbers of rows: as many as fill the bounded caches of compil
 def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) -> int:
     """Read a random prompt of a few full chunks, generate a little, forget it.
 
-    Returns the working memory of a full step: bytes that are taken while it runs and free afterwards.
+    Returns the working memory of a full step: bytes that are taken while it runs and free afterwards. Where reading
+    full chunks takes too long, smaller ones tell what those will take: all of it grows by the tokens.
     """
     chunk = max(1, min(config.max_num_batched_tokens, int(MAX_PRODUCTS / NUM_CHUNKS / runner.num_parameters)))
     longest = config.max_model_len or runner.max_position or chunk
+    full = max(chunk, min(config.max_num_batched_tokens, longest))
     num_tokens = min(NUM_CHUNKS * chunk, longest - NUM_DECODES - 1)
     if num_tokens < 1:
         return 0
     tokens = np.random.default_rng(0).integers(0, runner.vocab_size, num_tokens + NUM_DECODES).tolist()
     context = manager.open(tokens[:num_tokens], "", num_tokens + NUM_DECODES, reuse=False)
     try:
-        step_bytes = _read(runner, context, tokens[:num_tokens], chunk)
+        step_bytes = _read(runner, context, tokens[:num_tokens], chunk) * full // chunk
+        runner.reserve(full)
         sealed = _seal(context, tokens)
         for token in tokens[num_tokens:]:
             runner.run([Work(context, [token], is_decode=True, num_logits=1)])
