@@ -38,6 +38,7 @@ def serve(settings: Settings) -> int:
     limit_kernel_caches()
     limit_spinning()
     memory.limit_arenas()
+    memory.map_large_blocks()
     from server.run import run  # torch and transformers take seconds to import, which --help need not wait for
 
     return run(settings)

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-M_ARENA_MAX = -8  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 
 
 def resident_bytes() -> int:
@@ -38,6 +38,18 @@ def limit_arenas(num_arenas: int = 2) -> None:
     libc = _libc()
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_ARENA_MAX, num_arenas)
+
+
+def map_large_blocks(num_bytes: int = 1 << 20) -> None:
+    """Let the heaps hold smaller blocks only; larger ones are mapped each by itself and go back when they are freed.
+
+    By itself glibc keeps to that until it sees such a block freed, then puts the next ones up to 32 MiB on the heap.
+    There small ones that stay cut the holes that large ones leave, and the heap grows for as long as the process lives.
+    """
+    libc = _libc()
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, num_bytes)
+        libc.mallopt(M_TRIM_THRESHOLD, 4 * num_bytes)
 
 
 def trim() -> None:

@@ -34,3 +34,15 @@ def test_trimming_gives_freed_blocks_back_although_later_ones_live() -> None:
     trimmer.close()
     assert memory.resident_bytes() <= full - 50 * 1_000_000
     assert len(kept) == 20
+
+
+def test_large_blocks_go_back_when_they_are_freed_whatever_lies_between() -> None:
+    memory.map_large_blocks()
+    blocks, kept = [], []
+    for _ in range(20):
+        blocks.append(bytearray(b"x") * (4 << 20))
+        kept.append(bytes(50_000))
+    full = memory.resident_bytes()
+    del blocks
+    assert memory.resident_bytes() <= full - 16 * (4 << 20)
+    assert len(kept) == 20
