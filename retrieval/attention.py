@@ -51,6 +51,7 @@ class Step:
         self.decodes, self.prefills = decodes, prefills
         self.method, self.decoder = method, decoder
         self.report = report or DecodeReport()
+        self.is_quantized = any(span.context.tail.key_scales is not None for span in decodes)
         self._num_decoded_tokens = sum(span.context.num_tokens for span in decodes)
         self._rows: dict[int | None, list[DecodeRow]] = {}
         self._targets: list[list[Tensor]] | None = None
@@ -111,11 +112,12 @@ def attend_packed(
     dtype of the queries, in `out` where the caller has room for it and anything is prefilled.
     """
     if not step.prefills:
-        return attend_decodes(queries, keys, values, layer_idx, scale, sliding_window, step).to(queries.dtype)
+        return attend_decodes(queries, NewRows(keys, values), layer_idx, scale, sliding_window, step).to(queries.dtype)
     out = torch.empty_like(queries) if out is None else out
     if step.decodes:
         rows = slice(0, len(step.decodes))
-        out[rows] = attend_decodes(queries[rows], keys[rows], values[rows], layer_idx, scale, sliding_window, step)
+        new = NewRows(keys[rows], values[rows])
+        out[rows] = attend_decodes(queries[rows], new, layer_idx, scale, sliding_window, step)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     for span in step.prefills:
         rows = slice(span.row, span.row + span.num_tokens)
@@ -131,20 +133,27 @@ def attend_packed(
     return out
 
 
-def _write_decodes(keys: Tensor, values: Tensor, layer_idx: int, step: Step) -> None:
-    """Keys and values `[num_decodes, num_kv_heads, head_dim]`, in one call: one per row costs more than the rows."""
-    if any(span.context.tail.key_scales is not None for span in step.decodes):
-        for i, span in enumerate(step.decodes):
-            span.context.tail.write(layer_idx, keys[i, :, None], values[i, :, None])
-    else:
-        torch._foreach_copy_(step.targets(layer_idx), [*keys.unbind(0), *values.unbind(0)])
+class NewRows:
+    """Keys and values `[num_decodes, num_kv_heads, head_dim]` of the decodes' own tokens in one layer."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.rows = [*keys.unbind(0), *values.unbind(0)]
+
+    def write(self, layer_idx: int, step: Step) -> None:
+        """Into the tails, in one call: one per row costs more than the rows."""
+        if not step.is_quantized:
+            torch._foreach_copy_(step.targets(layer_idx), self.rows)
+            return
+        num_decodes = len(step.decodes)
+        for span, key, value in zip(step.decodes, self.rows, self.rows[num_decodes:], strict=False):
+            span.context.tail.write(layer_idx, key[:, None], value[:, None])
 
 
 def attend_decodes(
-    queries: Tensor, keys: Tensor, values: Tensor, layer_idx: int, scale: float, window: int | None, step: Step
+    queries: Tensor, new: NewRows, layer_idx: int, scale: float, window: int | None, step: Step
 ) -> Tensor:
     """As `attend_packed` for the step's decodes alone, one row each; float32 output."""
-    _write_decodes(keys, values, layer_idx, step)
+    new.write(layer_idx, step)
     started = time.perf_counter()
     report = step.report
     if report.keep_queries_of == layer_idx:

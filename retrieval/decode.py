@@ -135,6 +135,7 @@ class NativeDecoder(Decoder):
     def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)
         self._core, self._budget = core, budget
+        self._lse = torch.empty(0)
 
     def announce(self, num_tokens: int) -> None:
         """As `Decoder.announce`; waking pays where the work is long."""
@@ -145,18 +146,25 @@ class NativeDecoder(Decoder):
         self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
     ) -> Tensor:
         """As `Decoder.attend`."""
-        host = queries.to("cpu").contiguous()
+        host = (queries if queries.is_cpu else queries.cpu()).contiguous()
         bound = [row.bound or self._bind_row(row) for row in rows]
         parts = [row.layers[layer_idx] for row in bound]
-        out, lse = torch.empty_like(host, dtype=torch.float32), torch.empty(host.shape[:-1])
+        out, lse = torch.empty_like(host, dtype=torch.float32), self._room_for_lse(host)
         cost = self._core.attend_layer(Lent(host), parts, scale, Lent(out), Lent(lse), self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
-        out, lse = out.to(queries.device), lse.to(queries.device)
+        if not queries.is_cpu:
+            out, lse = out.to(queries.device), lse.to(queries.device)
         for i, row in enumerate(bound):
             if row.others:
                 others = [self._attend_run(queries[i], run, layer_idx, scale, stats) for run in row.others]
                 out[i] = merge([(out[i], lse[i]), *others])[0]
         return out
+
+    def _room_for_lse(self, queries: Tensor) -> Tensor:
+        """`[num_seqs, num_q_heads]`, of use until the next call."""
+        if self._lse.shape != queries.shape[:-1]:
+            self._lse = torch.empty(queries.shape[:-1])
+        return self._lse
 
     def _bind_row(self, row: DecodeRow) -> BoundRow:
         others = [run for run in row.runs if not _is_native(run)]

@@ -66,11 +66,10 @@ class Metrics:
 
     def _define_steps(self) -> None:
         self._step_seconds = self._histogram("step_seconds", "One forward pass over the packed batch.", _TOKEN)
-        self._step_tokens = self._counter("step_tokens", "Tokens computed, by phase.", "phase")
+        step_tokens = self._counter("step_tokens", "Tokens computed, by phase.", "phase")
         self._prefill_done = self._gauge("prefill_progress_tokens", "Tokens read of the prompts being read.")
         self._prefill_total = self._gauge("prefill_total_tokens", "Tokens of the prompts being read.")
-        for phase in ("prefill", "decode"):
-            self._step_tokens.labels(phase)
+        self._prefill_tokens, self._decode_tokens = (step_tokens.labels(p) for p in ("prefill", "decode"))
 
     def _define_retrieval(self) -> None:
         self._index_seconds = self._histogram("index_build_seconds", "Building a segment's indexes.", _LONG, "kind")
@@ -127,8 +126,8 @@ class Metrics:
 
     def step(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
         self._step_seconds.observe(seconds)
-        self._step_tokens.labels("decode").inc(num_decode_tokens)
-        self._step_tokens.labels("prefill").inc(num_prefill_tokens)
+        self._decode_tokens.inc(num_decode_tokens)
+        self._prefill_tokens.inc(num_prefill_tokens)
 
     def prefill_progress(self, num_done_tokens: int, num_total_tokens: int) -> None:
         self._prefill_done.set(num_done_tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retrieval.attention import Step, attend_decodes
+from retrieval.attention import NewRows, Step, attend_decodes
 from retrieval.geometry import Geometry
 from server.engine.fused_layer import FusedLayer, Weights
 
@@ -29,16 +29,16 @@ class DecodePass:
         self._rooms: dict[int, _Room] = {}
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
-        """tokens int64 `[num_rows]`, cos and sin float32 `[num_rows, 1, head_dim]`; logits `[num_rows, vocab_size]`."""
-        room = self._rooms.get(len(tokens)) or self._make_room(len(tokens))
-        hidden, halves = room.hidden, sin.chunk(2, dim=-1)
+        """tokens int64 `[num_rows]`, cos and sin `[num_rows, 1, head_dim / 2]`; logits `[num_rows, vocab_size]`."""
+        num_rows = len(step.decodes)
+        room = self._rooms.get(num_rows) or self._make_room(num_rows)
+        hidden = room.hidden
         torch.index_select(self.embedding, 0, tokens, out=hidden)
         for layer_idx, layer in enumerate(self._layers):
             step.announce()
-            self._project(layer, room, cos, halves)
-            queries, keys, values = room.queries, room.keys, room.values
-            attended = attend_decodes(queries, keys, values, layer_idx, layer.scale, layer.sliding_window, step)
-            hidden.addmm_(attended.view(len(hidden), -1), layer.out)
+            self._project(layer, room, cos, sin)
+            attended = attend_decodes(room.queries, room.new, layer_idx, layer.scale, layer.sliding_window, step)
+            hidden.addmm_(attended.view(num_rows, -1), layer.out)
             if layer.out_bias is not None:
                 hidden.add_(layer.out_bias)
             self._normalize(hidden, room.scale, room.normed)
@@ -53,8 +53,8 @@ class DecodePass:
         self._rooms[num_rows] = room
         return room
 
-    def _project(self, layer: _Layer, room: _Room, cos: Tensor, sin: tuple[Tensor, ...]) -> None:
-        """Fills the room's queries, keys and values; sin in halves."""
+    def _project(self, layer: _Layer, room: _Room, cos: Tensor, sin: Tensor) -> None:
+        """Fills the room's queries, keys and values."""
         self._normalize(room.hidden, room.scale, room.normed)
         if layer.qkv_bias is None:
             torch.mm(room.normed, layer.qkv, out=room.projected)
@@ -63,9 +63,9 @@ class DecodePass:
         if layer.head_norms is not None:
             self._normalize(room.straight, room.head_scale, room.straight)
             room.straight.mul_(layer.head_norms)
-        torch.mul(room.straight, cos, out=room.rotated)
-        room.rotated_first.addcmul_(room.second, sin[0], value=-1)
-        room.rotated_second.addcmul_(room.first, sin[1])
+        torch.mul(room.halves, cos, out=room.rotated_halves)
+        room.rotated_first.addcmul_(room.second, sin, value=-1)
+        room.rotated_second.addcmul_(room.first, sin)
         room.queries.copy_(room.rotated_queries)
 
     def _normalize(self, rows: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -99,11 +99,13 @@ class _Room:
         self.scale, self.head_scale = torch.empty(num_rows, 1), torch.empty(num_rows, num_rotated, 1)
         self.projected = torch.empty(num_rows, (num_rotated + g.num_kv_heads) * g.head_dim)
         heads = self.projected.view(num_rows, -1, g.head_dim)
-        self.straight, self.values = heads[:, :num_rotated], heads[:, num_rotated:]
+        self.straight = heads[:, :num_rotated]
         self.first, self.second = self.straight[..., :half], self.straight[..., half:]
-        self.rotated = torch.empty(num_rows, num_rotated, g.head_dim)
-        self.rotated_first, self.rotated_second = self.rotated[..., :half], self.rotated[..., half:]
-        self.rotated_queries, self.keys = self.rotated[:, : g.num_q_heads], self.rotated[:, g.num_q_heads :]
+        self.halves = self.straight.view(num_rows, -1, half)
+        rotated = torch.empty(num_rows, num_rotated, g.head_dim)
+        self.rotated_first, self.rotated_second = rotated[..., :half], rotated[..., half:]
+        self.rotated_halves, self.rotated_queries = rotated.view(num_rows, -1, half), rotated[:, : g.num_q_heads]
+        self.new = NewRows(rotated[:, g.num_q_heads :], heads[:, num_rotated:])
         self.queries = torch.empty(num_rows, g.num_q_heads, g.head_dim, dtype=g.dtype)
         self.gate_up = torch.empty(num_rows, gate_up_size)
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)

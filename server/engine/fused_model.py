@@ -39,6 +39,7 @@ class FusedModel:
         self._geometry = geometry
         self._rotary = model.model.rotary_emb
         self._has_fixed_frequencies = getattr(self._rotary, "rope_type", "") in FIXED_ROPE_TYPES
+        self._frequencies = self._rotary.inv_freq.float()  # [head_dim / 2]
         self._epsilon = float(model.config.rms_norm_eps)
         windows = geometry.sliding_windows
         layers = [_fuse(layer, window) for layer, window in zip(model.model.layers, windows, strict=True)]
@@ -58,20 +59,20 @@ class FusedModel:
         itself: products round differently in other shapes, and what a sequence computes should not depend on what
         else is in the batch.
         """
-        if self._decode_pass is None:
-            return self._run(self._weights, tokens, positions, wanted, step).float()
+        if self._decode_pass is None or not step.prefills:
+            return self._run_part(tokens, positions, wanted, step)
         logits = []
         for part, rows in step.split():
             inside = [row - rows.start for row in wanted if rows.start <= row < rows.stop]
             logits.append(self._run_part(tokens[rows], positions[rows], inside, part))
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        return torch.cat(logits)
 
     def _run_part(self, tokens: Tensor, positions: Tensor, wanted: list[int], part: Step) -> Tensor:
         if self._decode_pass is None or not part.decodes:
             return self._run(self._weights, tokens, positions, wanted, part).float()
-        cos, sin = self._rotation(self._decode_pass.embedding, positions)
+        cos, sin = self._waves(self._decode_pass.embedding, positions)
         logits = self._decode_pass.forward(tokens, cos, sin, part)
-        return logits if len(wanted) == len(logits) else logits[wanted]
+        return logits if len(wanted) == len(part.decodes) else logits[wanted]
 
     @property
     def workspace(self) -> Workspace:
@@ -109,14 +110,18 @@ class FusedModel:
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[num_tokens, 1, head_dim]` in the dtype of `hidden`."""
+        cos, sin = (wave.repeat(1, 1, 2) for wave in self._waves(hidden, positions))
+        return cos, sin
+
+    def _waves(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the first half, `[num_tokens, 1, head_dim / 2]`; the second is alike."""
         if not self._has_fixed_frequencies:
             cos, sin = self._rotary(hidden[None], position_ids=positions[None])
-            return cos[0, :, None], sin[0, :, None]
-        angles = positions[:, None].float() * self._rotary.inv_freq.float()  # of the first half; the second is alike
-        scaling = self._rotary.attention_scaling
-        waves = [angles.cos(), angles.sin()] if scaling == 1.0 else [angles.cos() * scaling, angles.sin() * scaling]
-        cos, sin = (wave.to(hidden.dtype).repeat(1, 2)[:, None] for wave in waves)
-        return cos, sin
+            half = self._geometry.head_dim // 2
+            return cos[0, :, None, :half], sin[0, :, None, :half]
+        angles, scaling = positions[:, None, None] * self._frequencies, self._rotary.attention_scaling
+        waves = (angles.cos(), angles.sin()) if scaling == 1.0 else (angles.cos() * scaling, angles.sin() * scaling)
+        return waves[0].to(hidden.dtype), waves[1].to(hidden.dtype)
 
     def _attend(
         self, layer: FusedLayer, layer_idx: int, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step, room: Room

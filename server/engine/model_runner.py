@@ -119,8 +119,8 @@ class ModelRunner:
     def _set_threads(self, work: list[Work]) -> None:
         """One thread for a small step of a small model: its products take less than waking a second thread, which
         on a busy machine even waits for a time slice. Not where torch attends too: long contexts need them all."""
-        num_tokens = sum(len(item.tokens) for item in work)
-        is_decode = all(item.is_decode for item in work)
+        num_tokens = sum([len(item.tokens) for item in work])
+        is_decode = work[-1].is_decode  # which come first
         is_apart = self._decoder.has_own_threads and (is_decode or self._chunks_are_apart)
         limit = SMALL_STEP if is_decode else SMALL_CHUNK
         is_small = num_tokens * self.num_parameters <= limit

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from server.engine.config import EngineConfig
@@ -180,10 +179,11 @@ class Worker:
                 chunk.sequence.state.num_scored += result.num_scored // num_decodes
 
     def _finish_chunks(self, chunks: list[Chunk], result: StepResult) -> None:
-        rows = torch.split(result.logits, [_num_logits(chunk) for chunk in chunks])
         ready: list[tuple[Sequence, Tensor]] = []
-        for chunk, logits in zip(chunks, rows, strict=True):
-            sequence = chunk.sequence
+        begin = end = 0  # of the chunk's logits
+        for chunk in chunks:
+            sequence, begin = chunk.sequence, end
+            end += _num_logits(chunk)
             is_last = chunk.num_tokens == sequence.num_remaining
             sequence.num_computed += chunk.num_tokens
             if sequence.status == "finished":
@@ -191,8 +191,10 @@ class Worker:
             try:
                 if not chunk.is_decode:
                     self._prefilled(sequence)
-                    self._score_prompt(sequence, logits)
-                ready += [(choice, logits[-1]) for choice in (self._forked(sequence) if is_last else [])]
+                    self._score_prompt(sequence, result.logits[begin:end])
+                if is_last:
+                    last = result.logits[end - 1]
+                    ready += [(choice, last) for choice in self._forked(sequence)]
             except Exception as error:
                 self._fail_sampling(sequence, error)
         self._sample(ready)
