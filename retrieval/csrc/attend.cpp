@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <set>
 
 #include "arena.h"
@@ -224,7 +225,12 @@ void Job::scan_chunks(const Task& task) {
 
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
-  for_units([&](Unit& unit) { find_floor(unit, k, budget_, scale_, !will_list_); });
+  const auto num_units = static_cast<std::int64_t>(units_.size());
+  run(num_units * kMaxGroup, [&](std::int64_t i) {
+    Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
+    const auto h = static_cast<int>(i % kMaxGroup);
+    if (h < unit.queries.num) find_floor(unit, h, k, budget_, scale_, !will_list_);
+  });
   std::vector<std::int64_t> drawn(scan_tasks_.size());
   for_tasks(scan_tasks_, [&](std::size_t i) { drawn[i] = refine(units_[scan_tasks_[i].unit], scan_tasks_[i], scale_); });
   for (const std::int64_t count : drawn) stats_.num_drawn += count;
@@ -364,7 +370,9 @@ void Job::merge(float* out, float* lse) const {
 
 AttendStats Job::stats() const {
   AttendStats total = stats_;
-  for (const Unit& unit : units_) total.num_scored += unit.num_probed;
+  for (const Unit& unit : units_) {
+    total.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, std::int64_t{0});
+  }
   return total;
 }
 

@@ -70,9 +70,10 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
   std::vector<Candidate>& found = scan.found[task.slot];
   float at = phase(unit, scan.first_key(task.begin));
   std::int64_t num_drawn = 0;
+  const bool draws_any = unit.draws_any();
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     Marks marks;
-    if (unit.draws_any) std::fill_n(marks.measure, kChunkKeys, 0.0f);
+    if (draws_any) std::fill_n(marks.measure, kChunkKeys, 0.0f);
     for (int h = 0; h < unit.queries.num; ++h) {
       if (unit.draws[h] > 0.0f) {
         mark_by_weight(unit, scan, c, h, scale, marks);
@@ -85,7 +86,7 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
       const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
       const float* measure = marks.measure + g * kGroupKeys;
       std::uint64_t sure = marks.any[g] & visible, drawn = 0;
-      if (unit.draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
+      if (draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
       for_each_bit(sure, [&](int i) {
         found.push_back({static_cast<std::int32_t>(first + i), slack_of(unit, scan, c, g, i, marks), 1.0f});
       });

@@ -161,7 +161,6 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   }
   if (!(spacing > 0.0f)) return;
   unit.draws[h] = 1.0f / spacing;
-  unit.draws_any = true;
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
 }
 
@@ -179,31 +178,24 @@ float floor_of(float best, std::vector<float>& scores, int k, const Budget& budg
 
 // The keys with the highest bounds are scored exactly. What they reach is a floor that the rest must
 // pass: the k-th best score, or beta nats below the best.
-void find_floor(Unit& unit, int k, const Budget& budget, float scale, bool may_draw) {
+void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, bool may_draw) {
   const auto wanted = static_cast<std::size_t>(std::max({k, budget.min_keys, kProbes}));
-  std::fill_n(unit.best, kMaxGroup, -kInfinity);
-  std::fill_n(unit.floor, kMaxGroup, -kInfinity);
-  for (const Partial& partial : unit.partials) {
-    for (int h = 0; h < unit.queries.num; ++h) unit.best[h] = std::max(unit.best[h], partial.top[h]);
-  }
+  unit.best[h] = unit.floor[h] = -kInfinity;
+  for (const Partial& partial : unit.partials) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   std::int64_t num_visible = 0;
-  for (const Scan& scan : unit.scans) {
-    num_visible += scan.end - scan.begin;
-  }
+  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
-  for (int h = 0; h < unit.queries.num; ++h) {
-    std::vector<float> scores = probe(unit, h, wanted);
-    unit.num_probed += static_cast<std::int64_t>(scores.size());
-    for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
-    unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
-    if (k > 0 || budget.rest <= 0.0f || !may_draw) continue;
-    float known = 0.0f;
-    for (const float score : scores) known += std::exp(scale * (score - unit.best[h]));
-    for (const Partial& partial : unit.partials) {
-      if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale * (partial.top[h] - unit.best[h]));
-    }
-    look_around(unit, h, known, budget, scale);
+  std::vector<float> scores = probe(unit, h, wanted);
+  unit.num_probed[h] = static_cast<std::int64_t>(scores.size());
+  for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
+  unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
+  if (k > 0 || budget.rest <= 0.0f || !may_draw) return;
+  float known = 0.0f;
+  for (const float score : scores) known += std::exp(scale * (score - unit.best[h]));
+  for (const Partial& partial : unit.partials) {
+    if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale * (partial.top[h] - unit.best[h]));
   }
+  look_around(unit, h, known, budget, scale);
 }
 
 }  // namespace retrieval

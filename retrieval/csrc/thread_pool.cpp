@@ -31,8 +31,8 @@ void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+ThreadPool::ThreadPool(int num_threads) : stretches_(static_cast<std::size_t>(std::max(1, num_threads))) {
+  for (std::size_t i = 1; i < stretches_.size(); ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -53,29 +53,34 @@ void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>
   const std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
   // No worker is inside: the previous run waited for the last to leave.
   task_ = &task;
-  count_ = count;
   error_ = nullptr;
-  next_.store(0);
+  const auto num_threads = static_cast<std::int64_t>(stretches_.size());
+  for (std::int64_t t = 0; t < num_threads; ++t) {
+    Stretch& stretch = stretches_[static_cast<std::size_t>(t)];
+    stretch.next.store(t * count / num_threads);
+    stretch.end = (t + 1) * count / num_threads;
+  }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     generation_.fetch_add(1);  // now odd
   }
   wake_.notify_all();
-  drain(task, count);
+  drain(task, 0);
   generation_.fetch_add(1);  // even: nobody enters any more
   while (inside_.load() != 0) relax();
   if (error_) std::rethrow_exception(error_);
 }
 
-void ThreadPool::drain(const std::function<void(std::int64_t)>& task, std::int64_t count) {
-  for (std::int64_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) {
-    try {
-      task(i);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!error_) error_ = std::current_exception();
-      next_.store(count);
+void ThreadPool::drain(const std::function<void(std::int64_t)>& task, std::size_t self) {
+  try {
+    for (std::size_t turn = 0; turn < stretches_.size(); ++turn) {
+      Stretch& stretch = stretches_[(self + turn) % stretches_.size()];
+      for (std::int64_t i = stretch.next.fetch_add(1); i < stretch.end; i = stretch.next.fetch_add(1)) task(i);
     }
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+    for (Stretch& stretch : stretches_) stretch.next.store(stretch.end);
   }
 }
 
@@ -88,7 +93,7 @@ void ThreadPool::wake() {
   wake_.notify_all();
 }
 
-void ThreadPool::work() {
+void ThreadPool::work(std::size_t self) {
   std::uint64_t seen = 0, heard = 0;
   auto patience = kSpin;
   while (true) {
@@ -114,7 +119,7 @@ void ThreadPool::work() {
     inside_.fetch_add(1);
     const std::uint64_t now = generation_.load();
     if (now % 2 == 1) {
-      drain(*task_, count_);
+      drain(*task_, self);
       seen = now;
     }
     inside_.fetch_sub(1);

@@ -80,8 +80,11 @@ struct Unit {
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
-  bool draws_any = false;
-  std::int64_t num_probed = 0;
+  std::int64_t num_probed[kMaxGroup] = {};
+
+  bool draws_any() const {
+    return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });
+  }
 };
 
 // Where one task works: chunks or positions [begin, end) of a run, result in partials[slot].
