@@ -33,8 +33,9 @@ def peak_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def limit_arenas(num_arenas: int = 2) -> None:
-    """Let all threads share few heaps: what one frees another takes, instead of each keeping its own peak."""
+def limit_arenas(num_arenas: int = 1) -> None:
+    """Let all threads share one heap: what one frees another takes, instead of each keeping its own peak. And only the
+    first heap gives its last free pages back when it is trimmed."""
     libc = _libc()
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_ARENA_MAX, num_arenas)

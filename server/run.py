@@ -19,10 +19,10 @@ from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.tokenizer import Tokenizer
 from server.metrics import Metrics
+from server.rehearsal import AsgiApp, EchoEngine, rehearse
 
 logger = logging.getLogger("server")
 
-WARM_WORDS = 8192  # of text encoded before the first request
 DEAD_ENGINE_SECONDS = 5.0  # /health answers 503 for so long before the process ends: probes notice first
 
 
@@ -42,15 +42,22 @@ def run(settings: Settings) -> int:
         logger.error("cannot load %s: %s", engine_config.model, error)
         return 1
     engine.start()
-    step_bytes = asyncio.run(_warm_up(engine, tokenizer))
+    uvicorn_config = _uvicorn_config(settings, create_app(settings, engine, tokenizer, metrics))
+    uvicorn_config.load()
+    rehearsed = create_app(settings, EchoEngine(engine), tokenizer, metrics)
+    api_key = next(iter(settings.api_keys), None)
+    with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
+        step_bytes = runner.run(_warm_up(engine, rehearsed, api_key))
+    del rehearsed
+    gc.collect()
+    gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
+    memory.trim()
     base_bytes = memory.resident_bytes()
     metrics.process_base(base_bytes, step_bytes)
     engine.count_from(base_bytes)
-    gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
     trimmer = memory.Trimmer()
     trimmer.start()
-    app = create_app(settings, engine, tokenizer, metrics)
-    server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_timeout)
+    server = DrainingServer(uvicorn_config, engine, settings.drain_timeout)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has drained
         signal.signal(number, lambda *_: None)
     server.run()
@@ -89,7 +96,7 @@ class DrainingServer(uvicorn.Server):
         return now - self._dead_since >= DEAD_ENGINE_SECONDS
 
 
-async def _warm_up(engine: Engine, tokenizer: Tokenizer) -> int:
+async def _warm_up(engine: Engine, rehearsed: AsgiApp, api_key: str | None) -> int:
     """What is resident afterwards is the process' base; a failure here is one that requests will show.
 
     Returns the working memory of a full step.
@@ -97,11 +104,9 @@ async def _warm_up(engine: Engine, tokenizer: Tokenizer) -> int:
     started, step_bytes = time.perf_counter(), 0
     try:
         step_bytes = await engine.warm_up()
-        await tokenizer.encode("warm " * WARM_WORDS)
+        await rehearse(rehearsed, api_key)
     except Exception:
         logger.exception("warming up failed")
-    gc.collect()
-    memory.trim()
     logger.info("warmed up in %.1f s", time.perf_counter() - started)
     return step_bytes
 
