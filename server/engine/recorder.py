@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Tier = Literal["device", "host", "disk"]
-Content = Literal["kv", "index", "staging", "step"]  # staging: in the making; step: what computing takes
+# staging: in the making; step: what computing takes; tokens: ids of what is held, named and asked
+Content = Literal["kv", "index", "staging", "step", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
+ID_BYTES = 8  # of a token id in a list: the ids themselves are shared
 REPORT_SECONDS = 0.1  # gauges are read every few seconds; counting what is held takes longer the more is held
 
 
@@ -374,14 +375,21 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.memory("host", "staging", staging)
+        token_bytes = stats.token_bytes + self.sessions.token_bytes + self._prompt_bytes()
+        self._recorder.memory("host", "tokens", token_bytes)
         step_bytes = self.step_bytes if prefills else 0
         self._recorder.memory("host", "step", step_bytes)
-        self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes)
+        self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes + token_bytes)
         self._recorder.memory_budget("host", stats.reserved_bytes, stats.limit_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._report_disk()
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
         self.sessions.report()
+
+    def _prompt_bytes(self) -> int:
+        """Token ids of the open requests: of each its prompt, and what every choice goes on from."""
+        opened = self._by_request.values()
+        return ID_BYTES * sum(s[0].num_prompt_tokens + sum(len(choice.token_ids) for choice in s) for s in opened)
 
     def _see_overhead(self, accounted_bytes: int) -> None:
         """What the process holds above its base and all that is accounted for, and what its next prefill will take."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.engine.recorder import NullRecorder
+from server.engine.request import Request, SamplingParams
 
 
 class Gauges(NullRecorder):
@@ -50,6 +51,7 @@ def check_gauges(engine: Any, gauges: Gauges) -> None:
     assert gauges.bytes["host", "kv"] == sum(s.num_tokens for s in segments) * per_token
     assert gauges.bytes["host", "index"] == sum(s.index.nbytes for s in segments if s.index is not None)
     assert (gauges.bytes["host", "staging"], gauges.bytes["host", "step"], gauges.reserved_bytes) == (0, 0, 0)
+    assert gauges.bytes["host", "tokens"] == sum(s.num_tokens for s in segments) * 4  # nothing is named or asked
     assert gauges.num_segments == len(segments)
     assert sum(s.num_references for s in segments) == sum(len(s.children) for s in segments)
 
@@ -95,6 +97,21 @@ async def test_forks_go_on_while_a_chat_is_merged(make_engine: Any, prompt: Any,
     await quiet(engine)
     check_gauges(engine, gauges)
     assert gauges.num_merges > 0
+
+
+async def test_token_ids_of_what_is_named_and_asked_are_counted(make_engine: Any, prompt: Any, run: Any) -> None:
+    gauges = Gauges()
+    engine = make_engine(recorder=gauges, seal_tokens=64)
+    asked = prompt(100)
+    seen: list[int] = []
+    stream = engine.submit(Request("r", asked, SamplingParams(max_tokens=8), session_id="chat"))
+    async for _ in stream:
+        await engine.between_steps(engine._worker.report)
+        seen.append(gauges.bytes["host", "tokens"])
+    assert max(seen) >= 2 * 8 * len(asked)  # the request's own and the sequence's
+    await quiet(engine)
+    held = sum(s.num_tokens for s in engine._manager.store)
+    assert gauges.bytes["host", "tokens"] == 4 * (held + held)  # of segments and of the session
 
 
 async def test_warming_up_leaves_nothing_behind(make_engine: Any) -> None:
