@@ -84,9 +84,8 @@ class Step:
         """Where the decode tokens' K, then their V go, each `[num_kv_heads, head_dim]`."""
         if self._targets is None:
             tails = [span.context.tail for span in self.decodes]
-            views = [t.keys[:, :, t.length].unbind(0) for t in tails] + [
-                t.values[:, :, t.length].unbind(0) for t in tails
-            ]
+            views = [t.keys.select(2, t.length).unbind(0) for t in tails]
+            views += [t.values.select(2, t.length).unbind(0) for t in tails]
             self._targets = [list(layer) for layer in zip(*views, strict=True)]
         return self._targets[layer_idx]
 
@@ -150,14 +149,20 @@ class NewRows:
 
 
 def attend_decodes(
-    queries: Tensor, new: NewRows, layer_idx: int, scale: float, window: int | None, step: Step
+    queries: Tensor,
+    new: NewRows,
+    layer_idx: int,
+    scale: float,
+    window: int | None,
+    step: Step,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `attend_packed` for the step's decodes alone, one row each; float32 output."""
+    """As `attend_packed` for the step's decodes alone, one row each; float32 output, in `out` where it is given."""
     new.write(layer_idx, step)
     started = time.perf_counter()
     report = step.report
     if report.keep_queries_of == layer_idx:
         report.kept_queries = queries.clone()  # their memory may be used anew before they are looked at
-    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, report.stats)
+    out = step.decoder.attend(queries, step.rows(window), layer_idx, scale, report.stats, out)
     report.seconds += time.perf_counter() - started
     return out

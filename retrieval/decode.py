@@ -68,9 +68,16 @@ class Decoder(ABC):
 
     @abstractmethod
     def attend(
-        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+        self,
+        queries: Tensor,
+        rows: list[DecodeRow],
+        layer_idx: int,
+        scale: float,
+        stats: DecodeStats,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """queries `[num_seqs, num_q_heads, head_dim]`, one row each; float32 output of the same shape."""
+        """queries `[num_seqs, num_q_heads, head_dim]`, one row each; float32 output of the same shape, in `out` where
+        it is given, which is in host memory."""
 
     def _attend_run(self, queries: Tensor, run: Run, layer_idx: int, scale: float, stats: DecodeStats) -> Partial:
         """One run of one sequence, on the run's own device: queries `[num_q_heads, head_dim]`."""
@@ -106,12 +113,19 @@ class TorchDecoder(Decoder):
     """Run by run with torch: the oracle of the native decoder, and what serves without the core."""
 
     def attend(
-        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+        self,
+        queries: Tensor,
+        rows: list[DecodeRow],
+        layer_idx: int,
+        scale: float,
+        stats: DecodeStats,
+        out: Tensor | None = None,
     ) -> Tensor:
         """As `Decoder.attend`."""
-        return torch.stack(
-            [self._attend_row(q, row.runs, layer_idx, scale, stats) for q, row in zip(queries, rows, strict=True)]
-        )
+        attended = [
+            self._attend_row(q, row.runs, layer_idx, scale, stats) for q, row in zip(queries, rows, strict=True)
+        ]
+        return torch.stack(attended, out=out)
 
     def _attend_row(self, queries: Tensor, runs: list[Run], layer_idx: int, scale: float, stats: DecodeStats) -> Tensor:
         found = [self._attend_run(queries, run, layer_idx, scale, stats) for run in runs]
@@ -143,13 +157,20 @@ class NativeDecoder(Decoder):
             self._core.wake()
 
     def attend(
-        self, queries: Tensor, rows: list[DecodeRow], layer_idx: int, scale: float, stats: DecodeStats
+        self,
+        queries: Tensor,
+        rows: list[DecodeRow],
+        layer_idx: int,
+        scale: float,
+        stats: DecodeStats,
+        out: Tensor | None = None,
     ) -> Tensor:
         """As `Decoder.attend`."""
         host = (queries if queries.is_cpu else queries.cpu()).contiguous()
         bound = [row.bound or self._bind_row(row) for row in rows]
         parts = [row.layers[layer_idx] for row in bound]
-        out, lse = torch.empty_like(host, dtype=torch.float32), self._room_for_lse(host)
+        out = torch.empty_like(host, dtype=torch.float32) if out is None else out
+        lse = self._room_for_lse(host)
         cost = self._core.attend_layer(Lent(host), parts, scale, Lent(out), Lent(lse), self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
         if not queries.is_cpu:
