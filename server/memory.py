@@ -74,9 +74,10 @@ class Trimmer:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, if it was started."""
         self._ended.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         seen_bytes, num_left = resident_bytes(), self._num_looks

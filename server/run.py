@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 import uvicorn
 
@@ -49,15 +50,18 @@ def run(settings: Settings) -> int:
     with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
         step_bytes = runner.run(_warm_up(engine, rehearsed, api_key))
     del rehearsed
-    gc.collect()
-    gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
-    memory.trim()
-    base_bytes = memory.resident_bytes()
-    metrics.process_base(base_bytes, step_bytes)
-    engine.count_from(base_bytes)
     trimmer = memory.Trimmer()
-    trimmer.start()
-    server = DrainingServer(uvicorn_config, engine, settings.drain_timeout)
+
+    def begin() -> None:
+        gc.collect()
+        gc.freeze()  # what was loaded stays: full collections, which stop every stream, need not look at it
+        memory.trim()
+        base_bytes = memory.resident_bytes()
+        metrics.process_base(base_bytes, step_bytes)
+        engine.count_from(base_bytes)
+        trimmer.start()
+
+    server = DrainingServer(uvicorn_config, engine, settings.drain_timeout, begin)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has drained
         signal.signal(number, lambda *_: None)
     server.run()
@@ -69,12 +73,26 @@ def run(settings: Settings) -> int:
 class DrainingServer(uvicorn.Server):
     """Lets the engine drain while connections close, and stops serving some time after the engine's death."""
 
-    def __init__(self, uvicorn_config: uvicorn.Config, engine: EngineFace, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        uvicorn_config: uvicorn.Config,
+        engine: EngineFace,
+        drain_seconds: float,
+        on_started: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_started: called when the server listens and has answered nobody."""
         super().__init__(uvicorn_config)
+        self._on_started = on_started
         self._engine = engine
         self._drain_seconds = drain_seconds
         self._dead_since: float | None = None
         self.exit_code = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; true ends the process."""

@@ -14,11 +14,14 @@ from retrieval.segments import Segment
 from server import memory
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, Work
+from server.engine.request import SamplingParams
+from server.engine.sampler import Row, make_state, sample_rows
 from server.sessions.manager import SessionManager
 
 MAX_PRODUCTS = 2e11  # tokens times parameters: seconds on a few cores
 NUM_CHUNKS = 4  # so many that what is read is sealed with an index and searched
 NUM_DECODES = 4
+MAX_DECODES = 16  # rows of a decode step
 NUM_SHAPES = 10  # numbers of rows: as many as fill the bounded caches of compiled products
 
 
@@ -46,6 +49,8 @@ def warm_up(config: EngineConfig, runner: ModelRunner, manager: SessionManager) 
     finally:
         context.close()
     manager.store.remove(sealed)
+    num_rows = min(config.max_num_seqs, MAX_DECODES, int(MAX_PRODUCTS / MAX_DECODES**2 / runner.num_parameters))
+    _decode_together(runner, manager, tokens[:num_rows])
     for i in range(NUM_SHAPES):
         _run_alone(runner, manager, tokens[: min(chunk * (2 * i + 1) // (2 * NUM_SHAPES) + 1, num_tokens)])
     return step_bytes
@@ -56,6 +61,21 @@ def _probe(runner: ModelRunner, context: Context) -> None:
     if runner.probe is not None and indexed:
         query = torch.ones(runner.geometry.head_dim, dtype=runner.geometry.dtype)
         runner.probe.rehearse(query, indexed[0], 0, 0)
+
+
+def _decode_together(runner: ModelRunner, manager: SessionManager, tokens: list[int]) -> None:
+    """Steps of two rows, three and so on, each sampled from: a pass over few rows keeps memory for every number."""
+    contexts = [manager.open([token], "", 1, reuse=False) for token in tokens]
+    params = [SamplingParams(temperature=0.0), SamplingParams()]
+    try:
+        for n in range(2, len(tokens) + 1):
+            work = [Work(c, [t], is_decode=True, num_logits=1) for c, t in zip(contexts[:n], tokens, strict=False)]
+            logits = runner.run(work).logits
+            states = [make_state(p, (), 0, 0, runner.vocab_size) for p in params]
+            sample_rows([Row(row, p, s, 0, frozenset()) for row, p, s in zip(logits, params, states, strict=False)])
+    finally:
+        for context in contexts:
+            context.close()
 
 
 def _run_alone(runner: ModelRunner, manager: SessionManager, tokens: list[int]) -> None:
