@@ -105,7 +105,7 @@ class Metrics:
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
         self._segments.labels("host")
-        for content in ("kv", "index", "staging", "step", "tokens"):
+        for content in ("kv", "index", "staging", "step", "heap"):
             self._bytes.labels("host", content)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:

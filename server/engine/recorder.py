@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Tier = Literal["device", "host", "disk"]
-# staging: in the making; step: what computing takes; tokens: ids of what is held, named and asked
-Content = Literal["kv", "index", "staging", "step", "tokens"]
+# staging: in the making; step: what computing takes; heap: small blocks of whatever kind, and the holes between them
+Content = Literal["kv", "index", "staging", "step", "heap"]
 
 
 @dataclass(frozen=True, slots=True)

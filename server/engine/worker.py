@@ -24,13 +24,12 @@ from server.engine.sampler import Row, Sampled, make_state, sample_rows, score_p
 from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
-from server.memory import resident_bytes
+from server.memory import Heap, resident_bytes
 from server.sessions.manager import SessionManager
 from server.sessions.registry import SessionRegistry
 
 logger = logging.getLogger(__name__)
 
-ID_BYTES = 8  # of a token id in a list: the ids themselves are shared
 REPORT_SECONDS = 0.1  # gauges are read every few seconds; counting what is held takes longer the more is held
 
 
@@ -51,7 +50,8 @@ class Worker:
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.step_time_budget_ms / 1000)
         self.scheduler = Scheduler(limits, self._admit)
         self._progress = PrefillProgress()
-        self.base_bytes = 0  # resident before anything is held; set by the engine as well
+        self._heap = Heap()
+        self._base_bytes = self._base_heap_bytes = 0  # resident before anything is held
         self.step_bytes = 0  # working memory of a full prefill step; set by the engine when it is warmed up
         self._seeds = random.Random(config.seed)
         self._by_request: dict[str, list[Sequence]] = {}  # open requests' choices
@@ -68,6 +68,10 @@ class Worker:
         self._by_request[sequence.request.request_id] = [sequence]
         self.sessions.queued(sequence.request)
         self.scheduler.add(sequence)
+
+    def count_from(self, base_bytes: int) -> None:
+        """What is resident now, `base_bytes` in all, is nobody's."""
+        self._base_heap_bytes, self._base_bytes = self._heap.resident_bytes(), base_bytes
 
     def take_events(self) -> dict[str, list[Event]]:
         """Events by request since the last call, in order."""
@@ -375,26 +379,21 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.memory("host", "staging", staging)
-        token_bytes = stats.token_bytes + self.sessions.token_bytes + self._prompt_bytes()
-        self._recorder.memory("host", "tokens", token_bytes)
+        heap_bytes = max(0, self._heap.resident_bytes() - self._base_heap_bytes) if self._base_bytes else 0
+        self._recorder.memory("host", "heap", heap_bytes)
         step_bytes = self.step_bytes if prefills else 0
         self._recorder.memory("host", "step", step_bytes)
-        self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes + token_bytes)
+        self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes)
         self._recorder.memory_budget("host", stats.reserved_bytes, stats.limit_bytes)
         self._recorder.segments("host", stats.num_segments)
         self._report_disk()
         self._recorder.index_builds_pending(self.manager.num_pending_builds)
         self.sessions.report()
 
-    def _prompt_bytes(self) -> int:
-        """Token ids of the open requests: of each its prompt, and what every choice goes on from."""
-        opened = self._by_request.values()
-        return ID_BYTES * sum(s[0].num_prompt_tokens + sum(len(choice.token_ids) for choice in s) for s in opened)
-
     def _see_overhead(self, accounted_bytes: int) -> None:
-        """What the process holds above its base and all that is accounted for, and what its next prefill will take."""
-        if self.base_bytes:
-            uncounted = resident_bytes() - self.base_bytes - accounted_bytes
+        """What the process holds above its base and all that the budget is of, and what its next prefill will take."""
+        if self._base_bytes:
+            uncounted = resident_bytes() - self._base_bytes - accounted_bytes
             self.manager.budget.overhead_bytes = self.step_bytes + max(0, uncounted)
 
     def _report_disk(self) -> None:

@@ -42,7 +42,6 @@ class ManagerStats:
     num_segments: int
     kv_bytes: int
     index_bytes: int
-    token_bytes: int
     reserved_bytes: int
     limit_bytes: int
 
@@ -354,7 +353,6 @@ class SessionManager:
             num_segments=len(segments),
             kv_bytes=sum(s.kv_bytes for s in segments),
             index_bytes=sum(s.index_bytes for s in segments),
-            token_bytes=sum(s.token_ids.nbytes for s in segments),
             reserved_bytes=self.budget.reserved_bytes,
             limit_bytes=self.budget.limit_bytes,
         )

@@ -100,11 +100,6 @@ class SessionRegistry:
         path = self._manager.store.longest_prefix(token_ids, session.key.salt)
         return token_ids[: path[-1].end].copy() if path else token_ids[:0]
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of the token ids that sessions are known by."""
-        return sum(session.token_bytes for session in self._sessions.values())
-
     def _of(self, request: Request) -> Session | None:
         return self._sessions.get(request.session) if request.session is not None else None
 

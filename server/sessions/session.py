@@ -59,12 +59,6 @@ class Session:
         self.running[request_id] = RunningRequest(num_prompt_tokens)
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of its token ids, those that were saved being the same mostly."""
-        saved = self.saved_token_ids.nbytes if self.saved_token_ids is not self.token_ids else 0
-        return self.token_ids.nbytes + saved + sum(r.last_token_ids.nbytes for r in self.running.values())
-
-    @property
     def is_forgettable(self) -> bool:
         """Whether its name may go when there are too many."""
         return not self.running and self.pinned_until is None and self.saved_at is None and not self.is_saving

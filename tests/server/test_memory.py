@@ -46,3 +46,22 @@ def test_large_blocks_go_back_when_they_are_freed_whatever_lies_between() -> Non
     del blocks
     assert memory.resident_bytes() <= full - 16 * (4 << 20)
     assert len(kept) == 20
+
+
+def test_the_heap_grows_by_what_lies_on_it() -> None:
+    heap = memory.Heap()
+    memory.trim()
+    before = heap.resident_bytes()
+    blocks = [bytearray(b"x") * 100_000 for _ in range(300)]
+    assert 0.9 * 30_000_000 <= heap.resident_bytes() - before <= 1.1 * 30_000_000
+    del blocks
+    memory.trim()
+    assert heap.resident_bytes() - before <= 0.1 * 30_000_000
+
+
+def test_mapped_memory_is_not_the_heaps() -> None:
+    heap, size = memory.Heap(), 64 << 20
+    before = heap.resident_bytes()
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.write(b"x" * size)
+        assert heap.resident_bytes() - before < size // 2
