@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
+NUM_TRIES = 8  # to look at a heap that shrinks meanwhile
 
 
 def resident_bytes() -> int:
@@ -76,12 +77,13 @@ class Heap:
         """Its pages that are resident; takes less than a millisecond for a gigabyte."""
         if not self._begin:
             return 0
-        end: int = self._libc.sbrk(0)
-        num_pages = -(-(end - self._begin) // mmap.PAGESIZE)
-        flags = ctypes.create_string_buffer(num_pages)
-        if self._libc.mincore(self._begin, num_pages * mmap.PAGESIZE, flags):
-            return 0  # it has shrunk meanwhile
-        return (num_pages - flags.raw.count(b"\0")) * mmap.PAGESIZE
+        for _ in range(NUM_TRIES):
+            end: int = self._libc.sbrk(0)
+            num_pages = -(-(end - self._begin) // mmap.PAGESIZE)
+            flags = ctypes.create_string_buffer(num_pages)
+            if self._libc.mincore(self._begin, num_pages * mmap.PAGESIZE, flags) == 0:
+                return (num_pages - flags.raw.count(b"\0")) * mmap.PAGESIZE
+        return 0
 
 
 def _heap_begin() -> int:
