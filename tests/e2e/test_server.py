@@ -93,6 +93,7 @@ def test_metrics_move(server):
         "retrieval_keys_scored_total",
         "retrieval_keys_retrieved_total",
         "retrieval_live_recall_count",
+        "retrieval_process_base_bytes",
         'retrieval_memory_bytes{content="kv",tier="host"}',
         'retrieval_memory_bytes{content="index",tier="host"}',
         'retrieval_segments{tier="host"}',

@@ -67,6 +67,18 @@ async def test_end_of_the_server_drains_the_engine_and_ends_streams_with_an_erro
     assert (engine.is_alive, server.exit_code) == (False, 0)
 
 
+async def test_whoever_counts_memory_is_told_when_the_server_listens(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    app = create_app(Settings(), engine, tokenizer, Metrics())
+    config = uvicorn.Config(app, port=0, log_level="warning")
+    listening: list[bool] = []
+    server = DrainingServer(config, engine, 0.1, lambda: listening.append(bool(server.servers[0].sockets)))
+    serving = asyncio.create_task(server.serve())
+    await port_of(server)
+    server.should_exit = True
+    await serving
+    assert listening == [True]
+
+
 async def test_dead_engine_ends_the_process_with_a_failure(
     engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
