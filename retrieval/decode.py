@@ -20,7 +20,7 @@ from retrieval.native import Lent
 from retrieval.partial_attention import attend_grouped
 from retrieval.segment_index import CodesIndex
 
-ANNOUNCED_TOKENS = 8192  # from here on, threads that sleep cost more than waking them early
+ANNOUNCED_TOKENS = 2048  # from here on, waiting for a thread that sleeps costs more than the time it looks out for work
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -149,9 +150,9 @@ class ModelRunner:
             self.probe.submit(queries[i, head], run, layer_idx, head // self.geometry.group_size)
 
     def _forward(self, work: list[Work], wanted: list[int], step: Step) -> Tensor:
-        tokens = torch.tensor([t for item in work for t in item.tokens], device=self.device)
+        tokens = self._row([t for item in work for t in item.tokens])
         starts = [(item.context.num_tokens, len(item.tokens)) for item in work]
-        positions = torch.tensor([p for start, n in starts for p in range(start, start + n)], device=self.device)
+        positions = self._row([p for start, n in starts for p in range(start, start + n)])
         if self._fused is not None:
             return self._fused.forward(tokens, positions, wanted, step).cpu()
         rows = torch.tensor(wanted, device=self.device, dtype=torch.int64)
@@ -169,6 +170,10 @@ class ModelRunner:
         """Hold from now on what steps of so many tokens compute in; steps of fewer have been run."""
         if self._fused is not None:
             self._fused.reserve(num_tokens)
+
+    def _row(self, numbers: list[int]) -> Tensor:
+        """int64 `[num_tokens]`, by way of numpy, which makes it in a fifth of the time that torch takes."""
+        return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self.device)
 
     def close(self) -> None:
         """Wait for the live check under way."""
