@@ -14,7 +14,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.engine.recorder import Content, RequestTimes, Tier
-from server.memory import resident_bytes
+from server.memory import Heap, resident_bytes
 
 logger = logging.getLogger("server.metrics")
 
@@ -33,6 +33,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._warned: set[str] = set()
         self._warned_lock = threading.Lock()
+        self._heap = Heap()
+        self._base_heap_bytes: int | None = None  # of the heap when the process held nothing of anybody
         self._define_requests()
         self._define_steps()
         self._define_retrieval()
@@ -94,6 +96,7 @@ class Metrics:
         self._step = self._gauge("process_step_bytes", "Working memory of a full prefill step, taken while one runs.")
         resident = self._gauge("process_resident_bytes", "Resident memory of the process now.")
         resident.set_function(resident_bytes)
+        self._bytes.labels("host", "heap").set_function(self._heap_growth)  # at the same moment as what is resident
         self._segments = self._gauge("segments", "Segments held, by tier.", "tier")
         self._compactions = self._histogram("compaction_seconds", "Merging a chain of segments into one.", _LONG)
         self._compacted_tokens = self._counter("compacted_tokens", "Tokens copied by merging segments.")
@@ -105,7 +108,7 @@ class Metrics:
         self._evicted_bytes = self._counter("evicted_bytes", "Bytes evicted.", "tier", "reason")
         self._degraded = self._counter("degraded", "Times a degraded path ran.", "reason")
         self._segments.labels("host")
-        for content in ("kv", "index", "staging", "step", "heap"):
+        for content in ("kv", "index", "staging", "step"):
             self._bytes.labels("host", content)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
@@ -199,6 +202,13 @@ class Metrics:
         """Resident memory of the process before it holds anything of anybody, and what a full step takes besides."""
         self._base.set(num_bytes)
         self._step.set(step_bytes)
+        self._base_heap_bytes = self._heap.resident_bytes()
+
+    def _heap_growth(self) -> int:
+        """Small blocks of whatever owner and the holes between them, beyond what there was at the start."""
+        if self._base_heap_bytes is None:
+            return 0
+        return max(0, self._heap.resident_bytes() - self._base_heap_bytes)
 
     def segments(self, tier: Tier, num_segments: int) -> None:
         self._segments.labels(tier).set(num_segments)

@@ -131,7 +131,7 @@ class Engine:
 
     def count_from(self, base_bytes: int) -> None:
         """From now on, what is resident above `base_bytes` and nobody accounts for makes idle segments go earlier."""
-        self._worker.count_from(base_bytes)
+        self._worker.base_bytes = base_bytes
 
     async def between_steps(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the engine thread between two steps; returns or raises what it does."""

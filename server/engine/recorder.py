@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Tier = Literal["device", "host", "disk"]
-# staging: in the making; step: what computing takes; heap: small blocks of whatever kind, and the holes between them
-Content = Literal["kv", "index", "staging", "step", "heap"]
+Content = Literal["kv", "index", "staging", "step"]  # staging: in the making; step: what computing takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from server.engine.sampler import Row, Sampled, make_state, sample_rows, score_p
 from server.engine.scheduler import Chunk, Limits, Scheduler
 from server.engine.sequence import RequestState, Sequence
 from server.errors import MemoryExhaustedError, ServerError
-from server.memory import Heap, resident_bytes
+from server.memory import resident_bytes
 from server.sessions.manager import SessionManager
 from server.sessions.registry import SessionRegistry
 
@@ -50,8 +50,7 @@ class Worker:
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.step_time_budget_ms / 1000)
         self.scheduler = Scheduler(limits, self._admit)
         self._progress = PrefillProgress()
-        self._heap = Heap()
-        self._base_bytes = self._base_heap_bytes = 0  # resident before anything is held
+        self.base_bytes = 0  # resident before anything is held; set by the engine as well
         self.step_bytes = 0  # working memory of a full prefill step; set by the engine when it is warmed up
         self._seeds = random.Random(config.seed)
         self._by_request: dict[str, list[Sequence]] = {}  # open requests' choices
@@ -68,10 +67,6 @@ class Worker:
         self._by_request[sequence.request.request_id] = [sequence]
         self.sessions.queued(sequence.request)
         self.scheduler.add(sequence)
-
-    def count_from(self, base_bytes: int) -> None:
-        """What is resident now, `base_bytes` in all, is nobody's."""
-        self._base_heap_bytes, self._base_bytes = self._heap.resident_bytes(), base_bytes
 
     def take_events(self) -> dict[str, list[Event]]:
         """Events by request since the last call, in order."""
@@ -379,8 +374,6 @@ class Worker:
             self._recorder.memory("device", "kv", tails["cuda"])
         self._recorder.memory("host", "index", stats.index_bytes)
         self._recorder.memory("host", "staging", staging)
-        heap_bytes = max(0, self._heap.resident_bytes() - self._base_heap_bytes) if self._base_bytes else 0
-        self._recorder.memory("host", "heap", heap_bytes)
         step_bytes = self.step_bytes if prefills else 0
         self._recorder.memory("host", "step", step_bytes)
         self._see_overhead(stats.kv_bytes + tails["cpu"] + stats.index_bytes + staging + step_bytes)
@@ -392,8 +385,8 @@ class Worker:
 
     def _see_overhead(self, accounted_bytes: int) -> None:
         """What the process holds above its base and all that the budget is of, and what its next prefill will take."""
-        if self._base_bytes:
-            uncounted = resident_bytes() - self._base_bytes - accounted_bytes
+        if self.base_bytes:
+            uncounted = resident_bytes() - self.base_bytes - accounted_bytes
             self.manager.budget.overhead_bytes = self.step_bytes + max(0, uncounted)
 
     def _report_disk(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from server import memory
 from server.engine.recorder import RequestTimes
 from server.metrics import Metrics
 
@@ -100,3 +101,13 @@ def test_degraded_path_is_logged_once(caplog) -> None:  # type: ignore[no-untype
         metrics.degraded("no core")
     assert [record.getMessage() for record in caplog.records] == ["degraded: no core"]
     assert values(metrics)["retrieval_degraded_total{no core}"] == 3
+
+
+def test_what_the_heap_has_grown_by_is_looked_at_when_it_is_asked_for() -> None:
+    metrics = Metrics()
+    name = "retrieval_memory_bytes{heap}{host}"
+    assert values(metrics)[name] == 0
+    memory.trim()
+    metrics.process_base(1, 0)
+    blocks = [bytearray(b"x") * 100_000 for _ in range(300)]
+    assert values(metrics)[name] >= 0.9 * sum(map(len, blocks))

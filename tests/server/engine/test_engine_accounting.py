@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from server import memory
 from server.engine.recorder import NullRecorder
 
 
@@ -96,18 +95,6 @@ async def test_forks_go_on_while_a_chat_is_merged(make_engine: Any, prompt: Any,
     await quiet(engine)
     check_gauges(engine, gauges)
     assert gauges.num_merges > 0
-
-
-async def test_what_the_heap_has_grown_by_is_counted(make_engine: Any) -> None:
-    gauges = Gauges()
-    engine = make_engine(recorder=gauges)
-    memory.trim()
-    await engine.between_steps(lambda: engine.count_from(1))
-    await engine.between_steps(engine._worker.report)
-    before = gauges.bytes["host", "heap"]
-    blocks = [bytearray(b"x") * 100_000 for _ in range(300)]
-    await engine.between_steps(engine._worker.report)
-    assert gauges.bytes["host", "heap"] - before >= 0.9 * sum(map(len, blocks))
 
 
 async def test_warming_up_leaves_nothing_behind(make_engine: Any) -> None:
