@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kProbes = 16;                // keys rescored to find the threshold
 constexpr std::int64_t kSampleGroups = 32; // groups estimated to see how wide a head looks
+constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the drawn part may be off by
 constexpr float kLargestVariance = 4.0f;    // nats squared
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
@@ -151,7 +152,8 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   // too large by e^(variance / 2).
   variance /= static_cast<float>(weights.size());
   if (variance > kLargestVariance) return;
-  const auto [count, inflated] = divide(std::exp(scale * (unit.floor[h] - unit.best[h])));
+  const float floor_weight = std::exp(scale * (unit.floor[h] - unit.best[h]));
+  const auto [count, inflated] = divide(floor_weight);
   const float below = inflated * std::exp(-0.5f * variance);
   if (count <= wanted && below <= budget.rest * (known + below)) return;
   float spacing = divide(kInfinity).second / wanted;
@@ -159,6 +161,10 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
     const auto [above, rest] = divide(spacing);
     spacing = rest / std::max(wanted - above, 0.25f * wanted);
   }
+  // Where little is drawn, fewer draws are as good: each stands for `spacing`, so the drawn weight is off by about the
+  // root of spacing times itself.
+  const float allowed = kDrawnError * (known + below);
+  spacing = std::max(spacing, std::min(allowed * allowed / below, floor_weight));
   if (!(spacing > 0.0f)) return;
   unit.draws[h] = 1.0f / spacing;
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
