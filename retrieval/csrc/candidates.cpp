@@ -8,6 +8,8 @@
 namespace retrieval {
 namespace {
 
+constexpr std::size_t kUsualCandidates = 256;  // of a task
+
 // Somewhere in [0, 1), the same for the same step: where the drawing of a task begins.
 float phase(const Unit& unit, std::int64_t first_key) {
   std::uint32_t bits;
@@ -68,6 +70,7 @@ float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, int g, int i,
 std::int64_t refine(Unit& unit, const Task& task, float scale) {
   Scan& scan = unit.scans[task.run];
   std::vector<Candidate>& found = scan.found[task.slot];
+  found.reserve(kUsualCandidates);
   float at = phase(unit, scan.first_key(task.begin));
   std::int64_t num_drawn = 0;
   const bool draws_any = unit.draws_any();
@@ -102,7 +105,12 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
 void keep(Unit& unit, std::size_t limit) {
   std::vector<float> slacks;
   std::size_t num_drawn = 0;
-  for (const Scan& scan : unit.scans) {
+  for (Scan& scan : unit.scans) {
+    std::size_t num_found = 0;
+    for (const auto& found : scan.found) num_found += found.size();
+    slacks.reserve(slacks.size() + num_found);
+    scan.positions.reserve(std::min(num_found, limit));
+    scan.inverses.reserve(std::min(num_found, limit));
     for (const auto& found : scan.found) {
       for (const Candidate& candidate : found) {
         if (candidate.is_drawn()) {
