@@ -18,6 +18,8 @@ from retrieval.attention import NewRows, Step, attend_decodes
 from retrieval.geometry import Geometry
 from server.engine.fused_layer import FusedLayer, Weights
 
+KEPT_ROWS = 16  # rooms of up to so many rows are kept, and one of more: together they would grow with their square
+
 
 class DecodePass:
     """`forward` of one token per sequence; it computes in memory of its own, which the next call uses anew."""
@@ -49,7 +51,14 @@ class DecodePass:
             hidden.addmm_(functional.silu(room.gate, inplace=True).mul_(room.up), layer.down)
         return functional.linear(room.normalized().mul_(self._norm), self._head, self._head_bias)
 
+    @property
+    def kept_rows(self) -> list[int]:
+        """Numbers of rows that there are rooms for."""
+        return sorted(self._rooms)
+
     def _make_room(self, num_rows: int) -> _Room:
+        for other in [n for n in self._rooms if n > KEPT_ROWS]:
+            del self._rooms[other]
         sizes = self.embedding.shape[1], self._layers[0].gate_up.shape[1]
         self._rooms[num_rows] = _Room(num_rows, *sizes, self._geometry, self._epsilon)
         return self._rooms[num_rows]

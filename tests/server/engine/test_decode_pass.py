@@ -15,6 +15,7 @@ from retrieval.decode import TorchDecoder
 from retrieval.methods import make_method
 from retrieval.segments import SegmentStore
 from server.engine.config import EngineConfig
+from server.engine.decode_pass import KEPT_ROWS
 from server.engine.model_runner import ModelRunner, Work
 
 NUM_PROMPT = 9
@@ -64,3 +65,19 @@ def test_logits_stay_when_the_next_step_is_computed(runner: ModelRunner) -> None
     kept = first.clone()
     decode(runner, rows, 40)
     assert torch.equal(first, kept)
+
+
+@torch.inference_mode()
+def test_rooms_of_many_rows_are_not_all_kept(runner: ModelRunner) -> None:
+    assert runner._fused is not None
+    decode_pass = runner._fused._decode_pass
+    assert decode_pass is not None
+    before = decode_pass.kept_rows
+    rows = contexts(runner, KEPT_ROWS + 4)
+    for num in (2, KEPT_ROWS + 2, KEPT_ROWS + 4):
+        decode(runner, rows[:num], 30)
+    assert decode_pass.kept_rows == sorted({*before, 2, KEPT_ROWS + 4})
+    read = contexts(runner, 1)
+    found = decode(runner, contexts(runner, KEPT_ROWS + 2), 50)  # its room was given up in between
+    expected = runner.run([Work(read[0], [50], False, 1)]).logits
+    torch.testing.assert_close(found[:1], expected, atol=TOLERANCE, rtol=TOLERANCE)
