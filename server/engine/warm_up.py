@@ -19,7 +19,7 @@ from server.engine.sampler import Row, make_state, sample_rows
 from server.sessions.manager import SessionManager
 
 MAX_PRODUCTS = 2e11  # tokens times parameters: seconds on a few cores
-NUM_CHUNKS = 4  # so many that what is read is sealed with an index and searched
+NUM_CHUNKS = 5  # so many that what is read is sealed with an index and searched
 NUM_DECODES = 4
 MAX_DECODES = 16  # rows of a decode step
 NUM_SHAPES = 10  # numbers of rows: as many as fill the bounded caches of compiled products
