@@ -108,7 +108,7 @@ class Budget:
         max_keys: int = 16384,
         rest: float = 0.003,
         rest_keys: int = 1536,
-        exact_keys: int = 8192,
+        exact_keys: int = 4096,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.

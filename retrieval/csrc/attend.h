@@ -54,7 +54,7 @@ struct Budget {
   int max_keys = 16384;     // rescored at most, per KV head and sequence
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
   int rest_keys = 1536;     // keys such a head takes, about
-  int exact_keys = 8192;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
+  int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
 };
 
 // Sums over sequences and query heads.
