@@ -202,11 +202,6 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def is_demo(self) -> bool:
-        """Whether the bundled model is served."""
-        return self.model is None
-
-    @property
     def model_names(self) -> tuple[str, ...]:
         """Names a client may use, the reported one first."""
         return tuple(self.served_model_name) or (self.model or DEMO_NAME,)

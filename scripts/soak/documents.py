@@ -4,10 +4,9 @@
 First a server without limits answers every question; then one whose budget holds a few of the documents is asked for
 half of the time round-robin, for half at random. Every answer must equal the first server's. The server's resident
 memory is sampled all the while and must stay below budget + base + 3 %, base being what it says it held before it
-served anybody, with the working memory of one step (`retrieval_process_base_bytes`, `…_step_bytes`). What it says it
-holds must be within 3 % of what it holds above its base. Documents that were read again must be found in the eviction
-counters. In the end all sessions are deleted, and what is left must be what the gauges say. The last line is JSON; the
-exit code is 1 when any of this does not hold.
+served anybody (`retrieval_process_base_bytes`). What it says it holds in the end must be within 3 % of what it holds
+above its base. Documents that were read again must be found in the eviction counters. Then all sessions are deleted,
+and what is left must be what the gauges say. The last line is JSON; the exit code is 1 when any of this does not hold.
 
     scripts/soak/documents.py --documents 12 --tokens 16384 --clients 8 --seconds 600 --out results/documents
 """

@@ -51,11 +51,6 @@ class DecodePass:
             hidden.addmm_(functional.silu(room.gate, inplace=True).mul_(room.up), layer.down)
         return functional.linear(room.normalized().mul_(self._norm), self._head, self._head_bias)
 
-    @property
-    def kept_rows(self) -> list[int]:
-        """Numbers of rows that there are rooms for."""
-        return sorted(self._rooms)
-
     def _make_room(self, num_rows: int) -> _Room:
         for other in [n for n in self._rooms if n > KEPT_ROWS]:
             del self._rooms[other]

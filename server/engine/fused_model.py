@@ -21,15 +21,14 @@ from retrieval.attention import Step, attend_packed
 from retrieval.geometry import Geometry
 from server.engine.decode_pass import DecodePass
 from server.engine.fused_layer import FusedLayer, Weights
-from server.engine.workspace import Room, Workspace
+from server.engine.workspace import HEAP, Room, Workspace
 
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies hang on the length
 MIN_ROOM_ROWS = 64  # tensors of fewer rows are so small that the heap serves them best
-HEAP = Room()
-ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
 
 class FusedModel:
@@ -69,23 +68,18 @@ class FusedModel:
 
     def _run_part(self, tokens: Tensor, positions: Tensor, wanted: list[int], part: Step) -> Tensor:
         if self._decode_pass is None or not part.decodes:
-            return self._run(self._weights, tokens, positions, wanted, part).float()
+            return self._run(tokens, positions, wanted, part).float()
         cos, sin = self._waves(self._decode_pass.embedding, positions)
         logits = self._decode_pass.forward(tokens, cos, sin, part)
         return logits if len(wanted) == len(part.decodes) else logits[wanted]
-
-    @property
-    def workspace(self) -> Workspace:
-        """What the passes of many rows compute in."""
-        return self._workspace
 
     def reserve(self, num_rows: int) -> None:
         """Hold what passes of so many rows take, from what the longest one so far has taken: it grows by the rows."""
         if self._most_rows:
             self._workspace.reserve(-(-self._workspace.needed_bytes * num_rows // self._most_rows))
 
-    def _run(self, weights: Weights, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
-        room = self._room(len(tokens))
+    def _run(self, tokens: Tensor, positions: Tensor, wanted: list[int], step: Step) -> Tensor:
+        room, weights = self._room(len(tokens)), self._weights
         embedding = weights.embedding
         hidden = torch.index_select(
             embedding, 0, tokens, out=room.take((len(tokens), embedding.shape[1]), embedding.dtype)

@@ -32,6 +32,9 @@ class Room:
         """Whatever was taken since the mark is void."""
 
 
+HEAP = Room()
+
+
 class Workspace(Room):
     """Memory that is kept from pass to pass. What does not fit is allocated, and fits in the next pass."""
 

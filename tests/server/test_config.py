@@ -87,7 +87,7 @@ def test_keys_add_up_over_flags_and_commas_and_are_not_printed() -> None:
 
 def test_without_a_model_the_bundled_one_is_served_as_demo() -> None:
     settings = load()
-    assert settings.is_demo
+    assert settings.model is None
     assert settings.model_names == ("demo",)
     assert Path(settings.engine_config().model).name == "demo_model"
 

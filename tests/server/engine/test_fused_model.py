@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from retrieval.adapter import read_geometry
 from server.engine import fused_model
-from server.engine.fused_model import HEAP, fuse
+from server.engine.fused_model import fuse
+from server.engine.workspace import HEAP
 from tests.server.engine.conftest import SIZES
 
 ROPES: list[dict[str, Any]] = [
@@ -66,14 +67,14 @@ def test_a_pass_in_a_workspace_is_that_of_the_heap(
     tokens, positions = torch.randint(0, SIZES["vocab_size"], (100,)), torch.arange(100)
     step: Any = type("NoStep", (), {"announce": lambda self: None})()
     monkeypatch.setattr(fused, "_room", lambda _: HEAP)
-    expected = fused._run(fused._weights, tokens, positions, [5, 99], step)
+    expected = fused._run(tokens, positions, [5, 99], step)
     monkeypatch.undo()
     monkeypatch.setattr(fused_model, "attend_packed", attend)
     for _ in range(3):  # what does not fit yet is allocated
-        found = fused._run(fused._weights, tokens, positions, [5, 99], step)
+        found = fused._run(tokens, positions, [5, 99], step)
         assert torch.equal(found, expected)
-    begin = fused.workspace._pages.data_ptr()
-    assert all(begin <= out.data_ptr() < begin + fused.workspace.nbytes for out in seen[-len(model.model.layers) :])
-    needed = fused.workspace.nbytes
+    begin = fused._workspace._pages.data_ptr()
+    assert all(begin <= out.data_ptr() < begin + fused._workspace.nbytes for out in seen[-len(model.model.layers) :])
+    needed = fused._workspace.nbytes
     fused.reserve(200)
-    assert 2 * needed <= fused.workspace.nbytes < 2.1 * needed
+    assert 2 * needed <= fused._workspace.nbytes < 2.1 * needed
