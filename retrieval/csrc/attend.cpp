@@ -8,6 +8,7 @@
 
 #include "arena.h"
 #include "candidates.h"
+#include "choose.h"
 #include "floor.h"
 #include "unit.h"
 
@@ -42,7 +43,9 @@ class Job {
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
   void attend_exactly(const Task& task);
+  void choose();
   void scan_chunks(const Task& task);
+  void scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c);
   void gather(Unit& unit);
   void share_out(std::size_t at);
   void settle_floor(Unit& unit, int k);
@@ -120,7 +123,14 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     scan.num_chunks = coded > part.begin ? (coded + kChunkKeys - 1) / kChunkKeys - scan.first_chunk : 0;
     scan.bounds = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.stride()));
     scan.tops = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.tops_stride()));
-    if (part.codes) stats_.bytes_read += scan.num_chunks * kChunkKeys * (part.codes->bits() * part.head_dim / 8 + 2);
+    scan.chosen = arena_.take<std::uint32_t>(static_cast<std::size_t>(scan.num_chunks));
+    std::fill_n(scan.chosen, scan.num_chunks, ~0u);
+    if (unit.will_choose) {
+      const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
+      scan.levels = arena_.take<float>(num * num_chunks * kChunkGroups);
+      scan.crests = arena_.take<float>(num * num_chunks);
+      scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
+    }
     for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerTask) {
       scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + kChunksPerTask, scan.num_chunks)});
       scan.found.emplace_back();
@@ -146,12 +156,14 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     const auto& sequence = parts[static_cast<std::size_t>(seq)];
     std::int64_t num_coded = 0;
     for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
+    const bool will_choose = budget_.reach > 0.0f && !has_ranks_ && num_coded >= budget_.reach_keys;
     const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);
       const auto at = static_cast<std::size_t>((seq * queries_.num_q_heads + head) * queries_.head_dim);
       Unit unit;
       unit.kv_head = first_kv_head_ + head / group;
+      unit.will_choose = will_choose;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
       for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);
@@ -168,11 +180,44 @@ void Job::scan() {
   }
   const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
   run(num_exact + static_cast<std::int64_t>(scan_tasks_.size()), [&](std::int64_t i) {
-    if (i < num_exact) {
-      attend_exactly(exact_tasks_[static_cast<std::size_t>(i)]);
+    if (i < num_exact) return attend_exactly(exact_tasks_[static_cast<std::size_t>(i)]);
+    const Task& task = scan_tasks_[static_cast<std::size_t>(i - num_exact)];
+    Unit& unit = units_[task.unit];
+    if (unit.will_choose) {
+      score_means(unit, task);
     } else {
-      scan_chunks(scan_tasks_[static_cast<std::size_t>(i - num_exact)]);
+      scan_chunks(task);
     }
+  });
+  choose();
+  for (const Unit& unit : units_) {
+    for (const Scan& scan : unit.scans) {
+      std::int64_t num_groups = 0;
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
+      if (scan.num_chunks == 0) continue;
+      stats_.bytes_read += num_groups * kGroupKeys * (scan.part->codes->bits() * scan.part->head_dim / 8 + 2);
+      if (unit.will_choose) stats_.bytes_read += scan.num_chunks * kChunkGroups * (scan.part->head_dim + 8);
+    }
+  }
+}
+
+// Scans of long contexts: a few groups first, then those that can matter by what the few have shown.
+void Job::choose() {
+  if (std::none_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.will_choose; })) return;
+  for_units([&](Unit& unit) {
+    if (!unit.will_choose) return;
+    choose_first(unit);
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c);
+    }
+    for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
+    set_group_floors(unit, scale_);
+  });
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    Unit& unit = units_[scan_tasks_[i].unit];
+    if (!unit.will_choose) return;
+    choose_groups(unit, scan_tasks_[i], budget_, scale_);
+    scan_chunks(scan_tasks_[i]);
   });
 }
 
@@ -212,15 +257,17 @@ void Job::attend_exactly(const Task& task) {
 
 void Job::scan_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
-  Scan& scan = unit.scans[task.run];
+  for (std::int64_t c = task.begin; c < task.end; ++c) scan_chunk(unit, unit.scans[task.run], c);
+}
+
+void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c) {
+  if (scan.chosen[c] == 0) return;
+  const CodeChunk& chunk = scan.chunk(c);
   const std::int64_t plane_stride = std::int64_t{kChunkGroups} * plane_bytes(unit.queries.head_dim);
-  for (std::int64_t c = task.begin; c < task.end; ++c) {
-    const CodeChunk& chunk = scan.chunk(c);
-    kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim,
-                   scan.query.shift, reinterpret_cast<const std::uint8_t*>(chunk.planes),
-                   scan.part->codes->bits(), plane_stride, kChunkGroups, chunk.factors, scan.bounds + c * kChunkKeys,
-                   scan.stride(), scan.tops + c * kBlocksPerChunk, scan.tops_stride());
-  }
+  kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim, scan.query.shift,
+                 reinterpret_cast<const std::uint8_t*>(chunk.planes), scan.part->codes->bits(), plane_stride,
+                 scan.chosen[c], chunk.factors, scan.bounds + c * kChunkKeys, scan.stride(),
+                 scan.tops + c * kBlocksPerChunk, scan.tops_stride());
 }
 
 void Job::search(int k) {
@@ -229,7 +276,9 @@ void Job::search(int k) {
   run(num_units * kMaxGroup, [&](std::int64_t i) {
     Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
     const auto h = static_cast<int>(i % kMaxGroup);
-    if (h < unit.queries.num) find_floor(unit, h, k, budget_, scale_, !will_list_);
+    if (h < unit.queries.num && !(unit.will_choose && is_settled(unit, h, scale_))) {
+      find_floor(unit, h, k, budget_, scale_, !will_list_);
+    }
   });
   std::vector<std::int64_t> drawn(scan_tasks_.size());
   for_tasks(scan_tasks_, [&](std::size_t i) { drawn[i] = refine(units_[scan_tasks_[i].unit], scan_tasks_[i], scale_); });

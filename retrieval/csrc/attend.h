@@ -55,6 +55,9 @@ struct Budget {
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
   int rest_keys = 1536;     // keys such a head takes, about
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
+  float reach = 5.0f;       // a group of neighbours is ruled out when not even a key that many deviations above their
+                            // mean would matter; 0: no group is
+  int reach_keys = 16384;   // of fewer searched keys of a sequence in all, every group is scanned
 };
 
 // Sums over sequences and query heads.

@@ -10,16 +10,6 @@ namespace {
 
 constexpr std::size_t kUsualCandidates = 256;  // of a task
 
-// Somewhere in [0, 1), the same for the same step: where the drawing of a task begins.
-float phase(const Unit& unit, std::int64_t first_key) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &unit.best[0], sizeof(bits));
-  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(first_key);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<float>(z >> 40) * 0x1p-24f;
-}
-
 // What one chunk holds for the heads of a unit.
 struct Marks {
   std::uint64_t masks[kMaxGroup][kChunkGroups];  // keys that pass the floor of a head
@@ -47,9 +37,11 @@ void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, f
   const Weigher weigher = scan.weigher(c, h, scale, unit.best[h]);
   for (int g = 0; g < kChunkGroups; ++g) {
     const int slot = g * kGroupKeys;
-    const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
-    marks.masks[h][g] = kernels().split(bounds + slot, factors + slot, weigher, floor, visible, unit.draws[h],
-                                        marks.measure + slot);
+    const std::uint64_t visible = scan.visible(c, g);
+    marks.masks[h][g] = 0;
+    if (visible == 0) continue;
+    marks.masks[h][g] = kernels().split(bounds + slot, factors + slot, weigher, floor, visible,
+                                        unit.draws[h] * scan.weight_of(c, g), marks.measure + slot);
     marks.any[g] |= marks.masks[h][g];
   }
 }
@@ -66,6 +58,15 @@ float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, int g, int i,
 }
 
 }  // namespace
+
+float phase(const Unit& unit, std::int64_t salt) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &unit.best[0], sizeof(bits));
+  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(salt);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<float>(z >> 40) * 0x1p-24f;
+}
 
 std::int64_t refine(Unit& unit, const Task& task, float scale) {
   Scan& scan = unit.scans[task.run];
@@ -86,17 +87,21 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
     }
     for (int g = 0; g < kChunkGroups; ++g) {
       const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
-      const std::uint64_t visible = range_mask(first, scan.begin, scan.end);
+      const std::uint64_t visible = scan.visible(c, g);
+      if (visible == 0) continue;
       const float* measure = marks.measure + g * kGroupKeys;
       std::uint64_t sure = marks.any[g] & visible, drawn = 0;
       if (draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
+      const float stands_for = scan.weight_of(c, g);
+      const bool is_drawn = stands_for > 1.0f;  // the group, and so whatever is found in it
       for_each_bit(sure, [&](int i) {
-        found.push_back({static_cast<std::int32_t>(first + i), slack_of(unit, scan, c, g, i, marks), 1.0f});
+        const float slack = is_drawn ? kInfinity : slack_of(unit, scan, c, g, i, marks);
+        found.push_back({static_cast<std::int32_t>(first + i), slack, stands_for});
       });
       for_each_bit(drawn, [&](int i) {
-        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, 1.0f / measure[i]});
+        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, stands_for / measure[i]});
       });
-      num_drawn += __builtin_popcountll(drawn);
+      num_drawn += __builtin_popcountll(drawn) + (is_drawn ? __builtin_popcountll(sure) : 0);
     }
   }
   return num_drawn;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <new>
 #include <stdexcept>
@@ -12,10 +13,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "summary.h"
+
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '5'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '6'};
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -188,7 +191,9 @@ std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
   for (const Pages& pages : pages_) total += static_cast<std::int64_t>(pages.bytes());
-  for (const HeadCodes& head : heads_) total += static_cast<std::int64_t>(head.centroid.size() * sizeof(float));
+  for (const HeadCodes& head : heads_) {
+    total += static_cast<std::int64_t>((head.centroid.size() + head.scatter.size()) * sizeof(float));
+  }
   return total;
 }
 
@@ -229,11 +234,13 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
 }
 
 void LayerCodes::add_chunk(HeadCodes& head) {
-  const std::size_t at = head.chunks.size(), bytes = sizeof(CodeChunk) + plane_total();
+  const std::size_t at = head.chunks.size(), bytes = sizeof(CodeChunk) + plane_total() + mean_total();
   if (at == pages_.size()) pages_.emplace_back(heads_.size() * bytes);
   std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * bytes;
   CodeChunk* chunk = new (place) CodeChunk;
   chunk->planes = place + sizeof(CodeChunk);
+  chunk->means = reinterpret_cast<std::int8_t*>(chunk->planes + plane_total());
+  std::fill_n(chunk->radii, kChunkGroups, std::numeric_limits<float>::infinity());  // until they are full
   head.chunks.push_back(chunk);
 }
 
@@ -306,6 +313,11 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
     heads_[h].centroid = centroids[h];
     splice(heads_[h], encoded[h], num_new);
   }
+  pool.run(num_kv_heads_, [&](std::int64_t h) {
+    for (std::int64_t g = num_keys_ / kGroupKeys; g < (num_keys_ + num_new) / kGroupKeys; ++g) {
+      summarize(heads_[static_cast<std::size_t>(h)], g, head_dim_, bits_);
+    }
+  });
   num_keys_ += num_new;
 }
 
@@ -318,11 +330,18 @@ std::string LayerCodes::save() const {
   put(header, sizeof(header));
   if (is_stretched()) put(maps_->data(), maps_->size() * sizeof(float));
   for (const HeadCodes& head : heads_) {
-    if (num_keys_ > 0) put(head.centroid.data(), head.centroid.size() * sizeof(float));
+    if (num_keys_ > 0) {
+      put(head.centroid.data(), head.centroid.size() * sizeof(float));
+      put(&head.num_scattered, sizeof(head.num_scattered));
+      put(head.scatter.data(), head.scatter.size() * sizeof(float));
+    }
     for (const auto& chunk : head.chunks) {
       put(chunk->planes, plane_total());
       put(chunk->factors, sizeof(chunk->factors));
       put(&chunk->unit, sizeof(float));
+      put(chunk->means, mean_total());
+      put(chunk->mean_units, sizeof(chunk->mean_units));
+      put(chunk->radii, sizeof(chunk->radii));
     }
   }
   return out;
@@ -359,6 +378,10 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     if (header[4] == 0) break;
     head.centroid.resize(static_cast<std::size_t>(codes->head_dim_));
     take(head.centroid.data(), head.centroid.size() * sizeof(float));
+    take(&head.num_scattered, sizeof(head.num_scattered));
+    if (head.num_scattered != header[4] / kGroupKeys) throw std::invalid_argument("damaged codes");
+    head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
+    take(head.scatter.data(), head.scatter.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {
       if (size - at < plane_total) throw std::invalid_argument("truncated codes");
       codes->add_chunk(head);
@@ -366,6 +389,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
       take(chunk->planes, plane_total);
       take(chunk->factors, sizeof(chunk->factors));
       take(&chunk->unit, sizeof(float));
+      take(chunk->means, codes->mean_total());
+      take(chunk->mean_units, sizeof(chunk->mean_units));
+      take(chunk->radii, sizeof(chunk->radii));
     }
   }
   if (at != size) throw std::invalid_argument("codes with bytes left over");
@@ -383,12 +409,15 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
   out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
   float offsets[kMaxGroup];
   float largest = 1.0f;
-  float mapped[kMaxGroup * kMaxHeadDim];
+  out.mapped.resize(static_cast<std::size_t>(queries.num * dims));
+  float* mapped = out.mapped.data();
   apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
+  out.radius = own_radius(codes.head(head), dims);
+  own_deviations(codes.head(head), mapped, queries.num, dims, out.own);
   for (int h = 0; h < queries.num; ++h) {
     const float* rotated = mapped + h * dims;
     out.base[h] = dot(queries.values + h * dims, codes.head(head).centroid.data(), dims);
-    const float norm = std::sqrt(dot(rotated, rotated, dims));
+    const float norm = out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
     float range = 0.0f, total = 0.0f, lowest = 0.0f;
     for (int s = 0; s < num_tables; ++s) {
       float piece = 0.0f;

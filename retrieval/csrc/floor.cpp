@@ -10,15 +10,22 @@ namespace retrieval {
 namespace {
 
 constexpr int kProbes = 16;                // keys rescored to find the threshold
-constexpr std::int64_t kSampleGroups = 32; // groups estimated to see how wide a head looks
 constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the drawn part may be off by
+constexpr float kHigher = 3.0f;             // nats that the best key of a head that draws may turn out higher
 constexpr float kLargestVariance = 4.0f;    // nats squared
+
+// Whether any group of block b is.
+bool is_scanned(const Scan& scan, std::int64_t b) {
+  constexpr int kGroups = kBlockKeys / kGroupKeys;
+  return (scan.chosen[b / kBlocksPerChunk] >> (b % kBlocksPerChunk * kGroups) & ((1u << kGroups) - 1)) != 0;
+}
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
 float probe_bound(const Unit& unit, int h, std::size_t wanted) {
   std::vector<float> tops;
   for (const Scan& scan : unit.scans) {
     for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      if (!is_scanned(scan, b)) continue;
       const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
       tops.push_back(scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top);
     }
@@ -41,8 +48,7 @@ float probe_bound(const Unit& unit, int h, std::size_t wanted) {
         kernels().select(scan.bounds + h * scan.stride() + c * kChunkKeys, kChunkGroups,
                          static_cast<std::int16_t>(threshold), masks);
         for (int g = 0; g < kChunkGroups; ++g) {
-          count += static_cast<std::size_t>(__builtin_popcountll(
-              masks[g] & range_mask(scan.first_key(c) + g * kGroupKeys, scan.begin, scan.end)));
+          count += static_cast<std::size_t>(__builtin_popcountll(masks[g] & scan.visible(c, g)));
         }
       }
     }
@@ -66,14 +72,15 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
     const Scan& scan = unit.scans[s];
     for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
       const int threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
-      if (scan.tops[h * scan.tops_stride() + b] < threshold) continue;
+      if (!is_scanned(scan, b) || scan.tops[h * scan.tops_stride() + b] < threshold) continue;
       const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
       const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
       std::uint64_t masks[kBlockKeys / kGroupKeys];
       kernels().select(bounds, kBlockKeys / kGroupKeys, static_cast<std::int16_t>(threshold), masks);
       for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
         const std::int64_t start = scan.first_key(0) + b * kBlockKeys + g * kGroupKeys;
-        for_each_bit(masks[g] & range_mask(start, scan.begin, scan.end), [&](int i) {
+        const auto group = static_cast<int>(b % kBlocksPerChunk * (kBlockKeys / kGroupKeys)) + g;
+        for_each_bit(masks[g] & scan.visible(b / kBlocksPerChunk, group), [&](int i) {
           probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
                             static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
         });
@@ -110,27 +117,21 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
 void look_around(Unit& unit, int h, float known, const Budget& budget, float scale) {
   std::vector<float> weights;
   float variance = 0.0f;  // of an estimated logit, in nats squared
-  std::int64_t num_groups = 0, num_visible = 0, num_sampled = 0;
-  for (const Scan& scan : unit.scans) num_groups += scan.num_chunks * kChunkGroups;
-  const std::int64_t step = std::max<std::int64_t>(1, num_groups / kSampleGroups);
-  std::int64_t group = step / 2;  // counted through all scans
-  for (const Scan& scan : unit.scans) {
-    num_visible += scan.end - scan.begin;
-    for (; group < scan.num_chunks * kChunkGroups; group += step) {
-      const std::int64_t c = group / kChunkGroups, slot = group % kChunkGroups * kGroupKeys;
-      const std::uint64_t visible = range_mask(scan.first_key(c) + slot, scan.begin, scan.end);
-      weights.resize(weights.size() + kGroupKeys, 0.0f);
-      const std::int16_t* factors = scan.chunk(c).factors + slot;
-      kernels().split(scan.bounds + h * scan.stride() + group * kGroupKeys, factors,
-                      scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
-      num_sampled += __builtin_popcountll(visible);
-      std::int64_t squares = 0;
-      for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
-      const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).unit / 32768.0f;
-      variance += deviation * deviation * static_cast<float>(squares);
-    }
-    group -= scan.num_chunks * kChunkGroups;
-  }
+  std::int64_t num_visible = 0, num_sampled = 0;
+  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
+  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
+    const std::int64_t slot = std::int64_t{g} * kGroupKeys;
+    const std::uint64_t visible = scan.visible(c, g);
+    weights.resize(weights.size() + kGroupKeys, 0.0f);
+    const std::int16_t* factors = scan.chunk(c).factors + slot;
+    kernels().split(scan.bounds + h * scan.stride() + c * kChunkKeys + slot, factors,
+                    scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
+    num_sampled += __builtin_popcountll(visible);
+    std::int64_t squares = 0;
+    for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
+    const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).unit / 32768.0f;
+    variance += deviation * deviation * static_cast<float>(squares);
+  });
   if (num_sampled == 0) return;
   const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
@@ -167,10 +168,24 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   spacing = std::max(spacing, std::min(allowed * allowed / below, floor_weight));
   if (!(spacing > 0.0f)) return;
   unit.draws[h] = 1.0f / spacing;
+  unit.total[h] = known + divide(kInfinity).second * std::exp(-0.5f * variance);
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
 }
 
 }  // namespace
+
+bool is_settled(const Unit& unit, int h, float scale) {
+  // A head that draws takes a key above its floor for certain, however good it is.
+  const float limit = unit.best[h] + (unit.draws[h] > 0.0f ? kHigher / scale : 0.0f);
+  for (const Scan& scan : unit.scans) {
+    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
+      if (!is_scanned(scan, b)) continue;
+      const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
+      if (scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top > limit) return false;
+    }
+  }
+  return true;
+}
 
 float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {
   const float floor = k > 0 ? kInfinity : best - budget.beta / scale;
@@ -187,12 +202,13 @@ float floor_of(float best, std::vector<float>& scores, int k, const Budget& budg
 void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, bool may_draw) {
   const auto wanted = static_cast<std::size_t>(std::max({k, budget.min_keys, kProbes}));
   unit.best[h] = unit.floor[h] = -kInfinity;
+  unit.draws[h] = 0.0f;
   for (const Partial& partial : unit.partials) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   std::int64_t num_visible = 0;
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   std::vector<float> scores = probe(unit, h, wanted);
-  unit.num_probed[h] = static_cast<std::int64_t>(scores.size());
+  unit.num_probed[h] += static_cast<std::int64_t>(scores.size());
   for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
   unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
   if (k > 0 || budget.rest <= 0.0f || !may_draw) return;

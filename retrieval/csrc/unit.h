@@ -18,6 +18,14 @@ inline constexpr int kTileKeys = 256;             // keys whose scores are held 
 inline constexpr int kBlockKeys = 8 * kGroupKeys; // keys per entry of tops
 inline constexpr int kBlocksPerChunk = kChunkKeys / kBlockKeys;
 
+// Bits of keys [64 g, 64 g + 64) that lie in [begin, end).
+inline std::uint64_t range_mask(std::int64_t first, std::int64_t begin, std::int64_t end) {
+  std::uint64_t mask = ~std::uint64_t{0};
+  if (begin > first) mask &= begin - first >= 64 ? 0 : ~std::uint64_t{0} << (begin - first);
+  if (end < first + 64) mask &= end <= first ? 0 : ~std::uint64_t{0} >> (first + 64 - end);
+  return mask;
+}
+
 // Softmax over some keys, not yet divided: sum of exp(scale * (s - top)) and the values weighted with it.
 struct Partial {
   float top[kMaxGroup];
@@ -43,6 +51,11 @@ struct Scan {
   CodeQuery query;
   std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
+  std::uint32_t* chosen = nullptr; // [num_chunks], bit g: group g is scanned; the rest are ruled out, or stood for
+  // Only where groups are chosen:
+  float* levels = nullptr;         // [num][num_chunks * kChunkGroups] scores of the means of groups
+  float* crests = nullptr;         // [num][num_chunks] the best of them
+  float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<std::vector<Candidate>> found;  // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
   std::vector<float> inverses;                // Candidate::inverse of each
@@ -54,6 +67,15 @@ struct Scan {
   float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).unit; }
 
   std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
+
+  bool is_chosen(std::int64_t i, int g) const { return (chosen[i] >> g & 1u) != 0; }
+  // Keys of group g of chunk i that are searched, as bits.
+  std::uint64_t visible(std::int64_t i, int g) const {
+    return is_chosen(i, g) ? range_mask(first_key(i) + g * kGroupKeys, begin, end) : 0;
+  }
+  float weight_of(std::int64_t i, int g) const {
+    return stands_for != nullptr ? stands_for[i * kChunkGroups + g] : 1.0f;
+  }
 
   // How bounds of chunk i become weights relative to a key of score `best`.
   Weigher weigher(std::int64_t i, int h, float scale, float best) const {
@@ -80,7 +102,11 @@ struct Unit {
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
+  float total[kMaxGroup] = {};  // of all weights relative to the best one, about; of heads that draw
   std::int64_t num_probed[kMaxGroup] = {};
+  bool will_choose = false;     // groups to scan, instead of scanning all
+  float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
+  float group_draws[kMaxGroup] = {};  // per weight of such a group: it is drawn with that chance
 
   bool draws_any() const {
     return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });
@@ -93,20 +119,31 @@ struct Task {
   std::int64_t begin, end;
 };
 
+// Groups at even distances, that stand for all when it matters how weights are spread: visit(scan, chunk, group).
+inline constexpr std::int64_t kSampleGroups = 32;
+template <typename Visit>
+void for_sample_groups(const Unit& unit, Visit visit) {
+  std::int64_t num_groups = 0;
+  for (const Scan& scan : unit.scans) num_groups += scan.num_chunks * kChunkGroups;
+  const std::int64_t step = std::max<std::int64_t>(1, num_groups / kSampleGroups);
+  std::int64_t group = step / 2;  // counted through all scans
+  for (const Scan& scan : unit.scans) {
+    for (; group < scan.num_chunks * kChunkGroups; group += step) {
+      visit(scan, group / kChunkGroups, static_cast<int>(group % kChunkGroups));
+    }
+    group -= scan.num_chunks * kChunkGroups;
+  }
+}
+
+// Somewhere in [0, 1), the same for the same step: where a systematic draw begins.
+float phase(const Unit& unit, std::int64_t salt);
+
 template <typename Visit>
 void for_each_bit(std::uint64_t mask, Visit visit) {
   while (mask != 0) {
     visit(__builtin_ctzll(mask));
     mask &= mask - 1;
   }
-}
-
-// Bits of keys [64 g, 64 g + 64) that lie in [begin, end).
-inline std::uint64_t range_mask(std::int64_t first, std::int64_t begin, std::int64_t end) {
-  std::uint64_t mask = ~std::uint64_t{0};
-  if (begin > first) mask &= begin - first >= 64 ? 0 : ~std::uint64_t{0} << (begin - first);
-  if (end < first + 64) mask &= end <= first ? 0 : ~std::uint64_t{0} >> (first + 64 - end);
-  return mask;
 }
 
 }  // namespace retrieval

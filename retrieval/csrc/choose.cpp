@@ -1,0 +1,118 @@
+#include "choose.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace retrieval {
+namespace {
+
+constexpr std::size_t kFirstChunks = 4;     // chunks whose best groups a search begins with, per head
+constexpr float kHeavy = 0.01f;             // share of all weight that a key of a group left out must not have
+constexpr float kKeysPerGroup = 4.0f;       // drawn from a drawn group, about
+constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
+
+}  // namespace
+
+void score_means(Unit& unit, const Task& task) {
+  Scan& scan = unit.scans[task.run];
+  const int head_dim = unit.queries.head_dim;
+  const Queries mapped{scan.query.mapped.data(), nullptr, unit.queries.num, head_dim};
+  const std::int64_t stride = scan.num_chunks * kChunkGroups;
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    const CodeChunk& chunk = scan.chunk(c);
+    float* levels = scan.levels + c * kChunkGroups;
+    kernels().score(mapped, {chunk.means, chunk.mean_units, DType::kInt8, head_dim}, nullptr, 0, kChunkGroups, levels,
+                    static_cast<int>(stride));
+    for (int h = 0; h < unit.queries.num; ++h) {
+      float crest = -kInfinity;
+      for (int g = 0; g < kChunkGroups; ++g) {
+        float& level = levels[h * stride + g];
+        level += scan.query.base[h];
+        crest = std::max(crest, level);
+      }
+      scan.crests[h * scan.num_chunks + c] = crest;
+    }
+  }
+}
+
+void choose_first(Unit& unit) {
+  for (Scan& scan : unit.scans) {
+    std::fill_n(scan.chosen, scan.num_chunks, 0u);
+    std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
+  }
+  for_sample_groups(unit, [](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
+  std::vector<std::pair<float, std::pair<const Scan*, std::int64_t>>> crests;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    crests.clear();
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) crests.push_back({scan.crests[h * scan.num_chunks + c], {&scan, c}});
+    }
+    const std::size_t num = std::min(kFirstChunks, crests.size());
+    std::partial_sort(crests.begin(), crests.begin() + static_cast<std::ptrdiff_t>(num), crests.end(),
+                      [](const auto& a, const auto& b) { return a.first > b.first; });
+    for (std::size_t i = 0; i < num; ++i) {
+      const auto [scan, c] = crests[i].second;
+      const float* levels = scan->levels + (h * scan->num_chunks + c) * kChunkGroups;
+      for (int g = 0; g < kChunkGroups; ++g) {
+        if (levels[g] >= crests[num - 1].first) scan->chosen[c] |= 1u << g;
+      }
+    }
+  }
+}
+
+void set_group_floors(Unit& unit, float scale) {
+  for (int h = 0; h < unit.queries.num; ++h) {
+    unit.group_floor[h] = unit.floor[h];
+    unit.group_draws[h] = 0.0f;
+    if (unit.draws[h] == 0.0f) continue;
+    float variance = 0.0f;
+    for (const Scan& scan : unit.scans) variance = std::max(variance, scale * scale * scan.query.own[h] * scan.query.own[h]);
+    if (!(variance > 0.0f && variance <= kLargestVariance)) {
+      unit.group_floor[h] = -kInfinity;
+      continue;
+    }
+    unit.group_floor[h] = std::max(unit.floor[h], unit.best[h] + std::log(kHeavy * unit.total[h]) / scale);
+    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);
+  }
+}
+
+void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {
+  Scan& scan = unit.scans[task.run];
+  const std::int64_t stride = scan.num_chunks * kChunkGroups;
+  float at = phase(unit, ~scan.first_key(task.begin));
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    const CodeChunk& chunk = scan.chunk(c);
+    float chances[kChunkGroups] = {};
+    for (int h = 0; h < unit.queries.num; ++h) {
+      const float* levels = scan.levels + h * stride + c * kChunkGroups;
+      // However far it lies from the mean, a key scores no more above it than this times the radius.
+      float reach = scan.query.norm[h];
+      if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
+      for (int g = 0; g < kChunkGroups; ++g) {
+        chances[g] += levels[g] + reach * chunk.radii[g] < unit.group_floor[h] ? 0.0f : 1.0f;
+      }
+      if (unit.group_draws[h] == 0.0f) continue;
+      float weights[kChunkGroups];
+      for (int g = 0; g < kChunkGroups; ++g) weights[g] = std::min(levels[g], unit.best[h]);
+      kernels().exponentiate(weights, kChunkGroups, scale, unit.best[h], -kInfinity);
+      for (int g = 0; g < kChunkGroups; ++g) chances[g] += unit.group_draws[h] * weights[g];
+    }
+    std::uint32_t chosen = scan.chosen[c];
+    for (int g = 0; g < kChunkGroups; ++g) {
+      if ((chosen >> g & 1u) != 0) continue;
+      if (chances[g] < 1.0f) {
+        at += chances[g];
+        if (at < 1.0f) continue;
+        at -= 1.0f;
+        scan.stands_for[c * kChunkGroups + g] = 1.0f / chances[g];
+      }
+      chosen |= 1u << g;
+    }
+    scan.chosen[c] = chosen;
+  }
+}
+
+}  // namespace retrieval

@@ -1,0 +1,29 @@
+// The groups of keys that a search of a long context scans.
+//
+// A group's mean tells how high its keys may score: a group where even a key some deviations off the mean would not
+// matter to any head is ruled out unseen. Heads that look widely draw from all keys; of the groups in which no single
+// key could weigh much they draw some, in proportion to the weight that the mean foretells, and each stands for the
+// others like it. What is drawn of its keys then keeps exactly the chance that it would have had.
+#pragma once
+
+#include <cstdint>
+
+#include "attend.h"
+#include "unit.h"
+
+namespace retrieval {
+
+// Scores of the means of the groups of a chunk task.
+void score_means(Unit& unit, const Task& task);
+
+// Chooses the groups to begin with: those with the best means, and some at even distances. Their bounds give a first
+// floor, and tell which heads look widely.
+void choose_first(Unit& unit);
+
+// From floor, draws and total of each head: what a group must reach, or how it is drawn.
+void set_group_floors(Unit& unit, float scale);
+
+// Chooses the groups of a chunk task, those to begin with included.
+void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale);
+
+}  // namespace retrieval
