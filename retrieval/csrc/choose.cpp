@@ -17,21 +17,21 @@ constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ mo
 }  // namespace
 
 void score_means(Unit& unit, const Task& task) {
+  static const std::vector<float> ones(kMaxHeadDim, 1.0f);
   Scan& scan = unit.scans[task.run];
   const int head_dim = unit.queries.head_dim;
-  const Queries mapped{scan.query.mapped.data(), nullptr, unit.queries.num, head_dim};
   const std::int64_t stride = scan.num_chunks * kChunkGroups;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    float* levels = scan.levels + c * kChunkGroups;
-    kernels().score(mapped, {chunk.means, chunk.mean_units, DType::kInt8, head_dim}, nullptr, 0, kChunkGroups, levels,
-                    static_cast<int>(stride));
+    float sums[kMaxGroup * kChunkGroups] = {};  // a row of means is what all groups have in one dimension
+    kernels().accumulate(scan.query.mapped.data(), head_dim, unit.queries.num,
+                         {chunk.means, ones.data(), DType::kInt8, kChunkGroups}, nullptr, 0, head_dim, sums);
     for (int h = 0; h < unit.queries.num; ++h) {
+      float* levels = scan.levels + h * stride + c * kChunkGroups;
       float crest = -kInfinity;
       for (int g = 0; g < kChunkGroups; ++g) {
-        float& level = levels[h * stride + g];
-        level += scan.query.base[h];
-        crest = std::max(crest, level);
+        levels[g] = scan.query.base[h] + chunk.mean_units[g] * sums[h * kChunkGroups + g];
+        crest = std::max(crest, levels[g]);
       }
       scan.crests[h * scan.num_chunks + c] = crest;
     }

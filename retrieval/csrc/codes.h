@@ -46,7 +46,7 @@ class Pages {
 // 2048 keys of one head, and what each full group of 64 of them has in common (summary.h).
 struct CodeChunk {
   std::byte* planes = nullptr;                        // [bits][kChunkGroups][plane_bytes], in the same pages
-  std::int8_t* means = nullptr;                       // [kChunkGroups][head_dim], likewise
+  std::int8_t* means = nullptr;                       // [head_dim][kChunkGroups], likewise
   alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
   float unit = 0.0f;                                  // above every f in here
   float mean_units[kChunkGroups] = {};                // of the means of each group

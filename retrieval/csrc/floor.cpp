@@ -70,9 +70,10 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
   const float reached = probe_bound(unit, h, wanted);
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     const Scan& scan = unit.scans[s];
+    int threshold = 0;
     for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      const int threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
-      if (!is_scanned(scan, b) || scan.tops[h * scan.tops_stride() + b] < threshold) continue;
+      if (b % kBlocksPerChunk == 0) threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
+      if (scan.tops[h * scan.tops_stride() + b] < threshold || !is_scanned(scan, b)) continue;
       const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
       const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
       std::uint64_t masks[kBlockKeys / kGroupKeys];

@@ -54,10 +54,10 @@ void summarize(HeadCodes& head, std::int64_t g, int head_dim, int bits) {
   float largest = 0.0f;
   for (std::size_t j = 0; j < dims; ++j) largest = std::max(largest, std::fabs(mean[j]));
   const float unit = std::max(largest / kLevels, 1e-30f);
-  std::int8_t* means = chunk.means + static_cast<std::size_t>(at) * dims;
   for (std::size_t j = 0; j < dims; ++j) {
-    means[j] = static_cast<std::int8_t>(std::lrint(mean[j] / unit));
-    mean[j] = unit * static_cast<float>(means[j]);
+    const auto level = static_cast<std::int8_t>(std::lrint(mean[j] / unit));
+    chunk.means[j * kChunkGroups + static_cast<std::size_t>(at)] = level;
+    mean[j] = unit * static_cast<float>(level);
   }
   float farthest = 0.0f;
   for (std::size_t i = 0; i < kGroupKeys; ++i) {
