@@ -127,7 +127,7 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     std::fill_n(scan.chosen, scan.num_chunks, ~0u);
     if (unit.will_choose) {
       const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
-      scan.levels = arena_.take<float>(num * num_chunks * kChunkGroups);
+      scan.levels = arena_.take<float>(num * num_chunks * kChunkRuns);
       scan.crests = arena_.take<float>(num * num_chunks);
       scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
@@ -196,7 +196,7 @@ void Job::scan() {
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
       if (scan.num_chunks == 0) continue;
       stats_.bytes_read += num_groups * kGroupKeys * (scan.part->codes->bits() * scan.part->head_dim / 8 + 2);
-      if (unit.will_choose) stats_.bytes_read += scan.num_chunks * kChunkGroups * (scan.part->head_dim + 8);
+      if (unit.will_choose) stats_.bytes_read += scan.num_chunks * kChunkRuns * (scan.part->head_dim + 8);
     }
   }
 }

@@ -9,7 +9,9 @@
 namespace retrieval {
 namespace {
 
-constexpr std::size_t kFirstChunks = 4;     // chunks whose best groups a search begins with, per head
+constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
+constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
+static_assert(kRunsPerGroup == 2);
 constexpr float kHeavy = 0.01f;             // share of all weight that a key of a group left out must not have
 constexpr float kKeysPerGroup = 4.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
@@ -20,18 +22,18 @@ void score_means(Unit& unit, const Task& task) {
   static const std::vector<float> ones(kMaxHeadDim, 1.0f);
   Scan& scan = unit.scans[task.run];
   const int head_dim = unit.queries.head_dim;
-  const std::int64_t stride = scan.num_chunks * kChunkGroups;
+  const std::int64_t stride = scan.num_chunks * kChunkRuns;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    float sums[kMaxGroup * kChunkGroups] = {};  // a row of means is what all groups have in one dimension
+    float sums[kMaxGroup * kChunkRuns] = {};  // a row of means is what all runs have in one dimension
     kernels().accumulate(scan.query.mapped.data(), head_dim, unit.queries.num,
-                         {chunk.means, ones.data(), DType::kInt8, kChunkGroups}, nullptr, 0, head_dim, sums);
+                         {chunk.means, ones.data(), DType::kInt8, kChunkRuns}, nullptr, 0, head_dim, sums);
     for (int h = 0; h < unit.queries.num; ++h) {
-      float* levels = scan.levels + h * stride + c * kChunkGroups;
+      float* levels = scan.levels + h * stride + c * kChunkRuns;
       float crest = -kInfinity;
-      for (int g = 0; g < kChunkGroups; ++g) {
-        levels[g] = scan.query.base[h] + chunk.mean_units[g] * sums[h * kChunkGroups + g];
-        crest = std::max(crest, levels[g]);
+      for (int r = 0; r < kChunkRuns; ++r) {
+        levels[r] = scan.query.base[h] + chunk.mean_units[r] * sums[h * kChunkRuns + r];
+        crest = std::max(crest, levels[r]);
       }
       scan.crests[h * scan.num_chunks + c] = crest;
     }
@@ -55,9 +57,9 @@ void choose_first(Unit& unit) {
                       [](const auto& a, const auto& b) { return a.first > b.first; });
     for (std::size_t i = 0; i < num; ++i) {
       const auto [scan, c] = crests[i].second;
-      const float* levels = scan->levels + (h * scan->num_chunks + c) * kChunkGroups;
-      for (int g = 0; g < kChunkGroups; ++g) {
-        if (levels[g] >= crests[num - 1].first) scan->chosen[c] |= 1u << g;
+      const float* levels = scan->levels + (h * scan->num_chunks + c) * kChunkRuns;
+      for (int r = 0; r < kChunkRuns; ++r) {
+        if (levels[r] >= crests[num - 1].first) scan->chosen[c] |= 1u << r / kRunsPerGroup;
       }
     }
   }
@@ -75,39 +77,40 @@ void set_group_floors(Unit& unit, float scale) {
       continue;
     }
     unit.group_floor[h] = std::max(unit.floor[h], unit.best[h] + std::log(kHeavy * unit.total[h]) / scale);
-    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);
+    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kRunKeys * std::exp(0.5f * variance);
   }
 }
 
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {
   Scan& scan = unit.scans[task.run];
-  const std::int64_t stride = scan.num_chunks * kChunkGroups;
+  const std::int64_t stride = scan.num_chunks * kChunkRuns;
   float at = phase(unit, ~scan.first_key(task.begin));
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    float chances[kChunkGroups] = {};
+    float chances[kChunkRuns] = {};
     for (int h = 0; h < unit.queries.num; ++h) {
-      const float* levels = scan.levels + h * stride + c * kChunkGroups;
+      const float* levels = scan.levels + h * stride + c * kChunkRuns;
       // However far it lies from the mean, a key scores no more above it than this times the radius.
       float reach = scan.query.norm[h];
       if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
-      for (int g = 0; g < kChunkGroups; ++g) {
-        chances[g] += levels[g] + reach * chunk.radii[g] < unit.group_floor[h] ? 0.0f : 1.0f;
+      for (int r = 0; r < kChunkRuns; ++r) {
+        chances[r] += levels[r] + reach * chunk.radii[r] < unit.group_floor[h] ? 0.0f : 1.0f;
       }
       if (unit.group_draws[h] == 0.0f) continue;
-      float weights[kChunkGroups];
-      for (int g = 0; g < kChunkGroups; ++g) weights[g] = std::min(levels[g], unit.best[h]);
-      kernels().exponentiate(weights, kChunkGroups, scale, unit.best[h], -kInfinity);
-      for (int g = 0; g < kChunkGroups; ++g) chances[g] += unit.group_draws[h] * weights[g];
+      float weights[kChunkRuns];
+      for (int r = 0; r < kChunkRuns; ++r) weights[r] = std::min(levels[r], unit.best[h]);
+      kernels().exponentiate(weights, kChunkRuns, scale, unit.best[h], -kInfinity);
+      for (int r = 0; r < kChunkRuns; ++r) chances[r] += unit.group_draws[h] * weights[r];
     }
     std::uint32_t chosen = scan.chosen[c];
     for (int g = 0; g < kChunkGroups; ++g) {
       if ((chosen >> g & 1u) != 0) continue;
-      if (chances[g] < 1.0f) {
-        at += chances[g];
+      const float chance = chances[kRunsPerGroup * g] + chances[kRunsPerGroup * g + 1];
+      if (chance < 1.0f) {
+        at += chance;
         if (at < 1.0f) continue;
         at -= 1.0f;
-        scan.stands_for[c * kChunkGroups + g] = 1.0f / chances[g];
+        scan.stands_for[c * kChunkGroups + g] = 1.0f / chance;
       }
       chosen |= 1u << g;
     }

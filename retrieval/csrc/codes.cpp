@@ -240,7 +240,7 @@ void LayerCodes::add_chunk(HeadCodes& head) {
   CodeChunk* chunk = new (place) CodeChunk;
   chunk->planes = place + sizeof(CodeChunk);
   chunk->means = reinterpret_cast<std::int8_t*>(chunk->planes + plane_total());
-  std::fill_n(chunk->radii, kChunkGroups, std::numeric_limits<float>::infinity());  // until they are full
+  std::fill_n(chunk->radii, kChunkRuns, std::numeric_limits<float>::infinity());  // until they are full
   head.chunks.push_back(chunk);
 }
 
@@ -314,8 +314,8 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
     splice(heads_[h], encoded[h], num_new);
   }
   pool.run(num_kv_heads_, [&](std::int64_t h) {
-    for (std::int64_t g = num_keys_ / kGroupKeys; g < (num_keys_ + num_new) / kGroupKeys; ++g) {
-      summarize(heads_[static_cast<std::size_t>(h)], g, head_dim_, bits_);
+    for (std::int64_t run = num_keys_ / kRunKeys; run < (num_keys_ + num_new) / kRunKeys; ++run) {
+      summarize(heads_[static_cast<std::size_t>(h)], run, head_dim_, bits_);
     }
   });
   num_keys_ += num_new;
@@ -379,7 +379,7 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     head.centroid.resize(static_cast<std::size_t>(codes->head_dim_));
     take(head.centroid.data(), head.centroid.size() * sizeof(float));
     take(&head.num_scattered, sizeof(head.num_scattered));
-    if (head.num_scattered != header[4] / kGroupKeys) throw std::invalid_argument("damaged codes");
+    if (head.num_scattered != header[4] / kRunKeys) throw std::invalid_argument("damaged codes");
     head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
     take(head.scatter.data(), head.scatter.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {

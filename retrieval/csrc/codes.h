@@ -25,6 +25,8 @@ namespace retrieval {
 
 inline constexpr int kChunkGroups = kScanGroups;
 inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
+inline constexpr int kRunKeys = 32;  // neighbours whose mean is kept
+inline constexpr int kChunkRuns = kChunkKeys / kRunKeys;
 inline constexpr int kMaxBits = 4;
 
 // Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
@@ -43,21 +45,21 @@ class Pages {
   std::size_t bytes_;  // whole pages
 };
 
-// 2048 keys of one head, and what each full group of 64 of them has in common (summary.h).
+// 2048 keys of one head, and what each full run of 32 of them has in common (summary.h).
 struct CodeChunk {
   std::byte* planes = nullptr;                        // [bits][kChunkGroups][plane_bytes], in the same pages
-  std::int8_t* means = nullptr;                       // [head_dim][kChunkGroups], likewise
+  std::int8_t* means = nullptr;                       // [head_dim][kChunkRuns], likewise
   alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
   float unit = 0.0f;                                  // above every f in here
-  float mean_units[kChunkGroups] = {};                // of the means of each group
-  float radii[kChunkGroups] = {};                     // distance of the farthest key from its group's mean; infinite before it is full
+  float mean_units[kChunkRuns] = {};                  // of the means of each run
+  float radii[kChunkRuns] = {};                       // distance of the farthest key from its run's mean; infinite before it is full
 };
 
 // Codes of one head; read under LayerCodes' lock.
 struct HeadCodes {
   std::vector<float> centroid;     // [head_dim]
   std::vector<CodeChunk*> chunks;  // owned by the layer
-  std::vector<float> scatter;      // [head_dim][head_dim]: covariance of keys round the means of their groups, as a sum
+  std::vector<float> scatter;      // [head_dim][head_dim]: covariance of keys round the means of their runs, as a sum
   std::int64_t num_scattered = 0;  // over so many keys
 };
 
@@ -104,7 +106,7 @@ class LayerCodes {
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
   void add_chunk(HeadCodes& head);
   std::size_t plane_total() const;
-  std::size_t mean_total() const { return static_cast<std::size_t>(kChunkGroups * head_dim_); }
+  std::size_t mean_total() const { return static_cast<std::size_t>(kChunkRuns * head_dim_); }
   std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
   int num_kv_heads_, head_dim_, bits_;
@@ -118,7 +120,7 @@ class LayerCodes {
   mutable std::shared_mutex mutex_;
 };
 
-// A group's queries against the codes of one head: what scan, split and the means of groups need.
+// A group's queries against the codes of one head: what scan, split and the means of runs need.
 struct CodeQuery {
   std::vector<float> mapped;         // [num][head_dim], q'
   std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
@@ -129,8 +131,8 @@ struct CodeQuery {
   float lift[kMaxGroup] = {};       // what was added to <u, q'> to make an estimate a bound
   float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
   float norm[kMaxGroup] = {};       // |q'|
-  float own[kMaxGroup] = {};        // deviation of a key's score from that of its group's mean; 0 if unknown
-  float radius = 0.0f;              // root mean square distance of keys from the means of their groups
+  float own[kMaxGroup] = {};        // deviation of a key's score from that of its run's mean; 0 if unknown
+  float radius = 0.0f;              // root mean square distance of keys from the means of their runs
 };
 
 // deviations: how many standard deviations above its estimate a key may score and still be found.

@@ -20,18 +20,19 @@ std::array<std::uint64_t, 256> spread_bits() {
   return words;
 }
 
-// Keys of group g of a chunk as their codes tell: [kGroupKeys][head_dim].
-void decode(const CodeChunk& chunk, int g, int head_dim, int bits, float* keys) {
+// Keys of a run of a chunk as their codes tell: [kRunKeys][head_dim].
+void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys) {
   static const std::array<std::uint64_t, 256> spread = spread_bits();
   const auto* planes = reinterpret_cast<const std::uint8_t*>(chunk.planes);
   const float middle = 0.5f * static_cast<float>((1 << bits) - 1);
-  for (int i = 0; i < kGroupKeys; ++i) {
-    const float factor = 2.0f * chunk.unit * static_cast<float>(chunk.factors[g * kGroupKeys + i]) / 32768.0f;
+  const int g = run * kRunKeys / kGroupKeys, first = run * kRunKeys % kGroupKeys;
+  for (int i = 0; i < kRunKeys; ++i) {
+    const float factor = 2.0f * chunk.unit * static_cast<float>(chunk.factors[run * kRunKeys + i]) / 32768.0f;
     std::uint8_t levels[kMaxHeadDim];
     for (int s = 0; s < head_dim / kPiece; ++s) {
       std::uint64_t word = 0;
       for (int p = 0; p < bits; ++p) {
-        word = 2 * word + spread[planes[(p * kChunkGroups + g) * plane_bytes(head_dim) + s * kGroupKeys + i]];
+        word = 2 * word + spread[planes[(p * kChunkGroups + g) * plane_bytes(head_dim) + s * kGroupKeys + first + i]];
       }
       std::memcpy(levels + s * kPiece, &word, kPiece);
     }
@@ -42,25 +43,25 @@ void decode(const CodeChunk& chunk, int g, int head_dim, int bits, float* keys) 
 
 }  // namespace
 
-void summarize(HeadCodes& head, std::int64_t g, int head_dim, int bits) {
+void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits) {
   const auto dims = static_cast<std::size_t>(head_dim);
-  CodeChunk& chunk = *head.chunks[static_cast<std::size_t>(g / kChunkGroups)];
-  const auto at = static_cast<int>(g % kChunkGroups);
-  float keys[kGroupKeys * kMaxHeadDim], mean[kMaxHeadDim] = {};
+  CodeChunk& chunk = *head.chunks[static_cast<std::size_t>(run / kChunkRuns)];
+  const auto at = static_cast<int>(run % kChunkRuns);
+  float keys[kRunKeys * kMaxHeadDim], mean[kMaxHeadDim] = {};
   decode(chunk, at, head_dim, bits, keys);
-  for (std::size_t i = 0; i < kGroupKeys; ++i) {
-    for (std::size_t j = 0; j < dims; ++j) mean[j] += keys[i * dims + j] / kGroupKeys;
+  for (std::size_t i = 0; i < kRunKeys; ++i) {
+    for (std::size_t j = 0; j < dims; ++j) mean[j] += keys[i * dims + j] / kRunKeys;
   }
   float largest = 0.0f;
   for (std::size_t j = 0; j < dims; ++j) largest = std::max(largest, std::fabs(mean[j]));
   const float unit = std::max(largest / kLevels, 1e-30f);
   for (std::size_t j = 0; j < dims; ++j) {
     const auto level = static_cast<std::int8_t>(std::lrint(mean[j] / unit));
-    chunk.means[j * kChunkGroups + static_cast<std::size_t>(at)] = level;
+    chunk.means[j * kChunkRuns + static_cast<std::size_t>(at)] = level;
     mean[j] = unit * static_cast<float>(level);
   }
   float farthest = 0.0f;
-  for (std::size_t i = 0; i < kGroupKeys; ++i) {
+  for (std::size_t i = 0; i < kRunKeys; ++i) {
     float squared = 0.0f;
     for (std::size_t j = 0; j < dims; ++j) {
       keys[i * dims + j] -= mean[j];
@@ -71,7 +72,7 @@ void summarize(HeadCodes& head, std::int64_t g, int head_dim, int bits) {
   chunk.mean_units[at] = unit;
   chunk.radii[at] = std::sqrt(farthest);
   head.scatter.resize(dims * dims);
-  const float* one = keys + static_cast<std::size_t>(g * 37 % kGroupKeys) * dims;  // any of them will do
+  const float* one = keys + static_cast<std::size_t>(run * 37 % kRunKeys) * dims;  // any of them will do
   for (std::size_t a = 0; a < dims; ++a) {
     for (std::size_t b = 0; b < dims; ++b) head.scatter[a * dims + b] += one[a] * one[b];
   }

@@ -53,7 +53,7 @@ struct Scan {
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::uint32_t* chosen = nullptr; // [num_chunks], bit g: group g is scanned; the rest are ruled out, or stood for
   // Only where groups are chosen:
-  float* levels = nullptr;         // [num][num_chunks * kChunkGroups] scores of the means of groups
+  float* levels = nullptr;         // [num][num_chunks * kChunkRuns] scores of the means of runs
   float* crests = nullptr;         // [num][num_chunks] the best of them
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<std::vector<Candidate>> found;  // by chunk task
