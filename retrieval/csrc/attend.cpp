@@ -127,8 +127,8 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     std::fill_n(scan.chosen, scan.num_chunks, ~0u);
     if (unit.will_choose) {
       const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
-      scan.levels = arena_.take<float>(num * num_chunks * kChunkRuns);
-      scan.crests = arena_.take<float>(num * num_chunks);
+      scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
+      scan.crests = arena_.take<std::int16_t>(num * num_chunks);
       scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
     for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerTask) {
@@ -195,8 +195,8 @@ void Job::scan() {
       std::int64_t num_groups = 0;
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
       if (scan.num_chunks == 0) continue;
+      if (unit.will_choose) num_groups += scan.num_chunks;  // of means
       stats_.bytes_read += num_groups * kGroupKeys * (scan.part->codes->bits() * scan.part->head_dim / 8 + 2);
-      if (unit.will_choose) stats_.bytes_read += scan.num_chunks * kChunkRuns * (scan.part->head_dim + 8);
     }
   }
 }
@@ -262,11 +262,11 @@ void Job::scan_chunks(const Task& task) {
 
 void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c) {
   if (scan.chosen[c] == 0) return;
-  const CodeChunk& chunk = scan.chunk(c);
+  const CodeGroups& keys = scan.chunk(c).keys;
   const std::int64_t plane_stride = std::int64_t{kChunkGroups} * plane_bytes(unit.queries.head_dim);
   kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim, scan.query.shift,
-                 reinterpret_cast<const std::uint8_t*>(chunk.planes), scan.part->codes->bits(), plane_stride,
-                 scan.chosen[c], chunk.factors, scan.bounds + c * kChunkKeys, scan.stride(),
+                 reinterpret_cast<const std::uint8_t*>(keys.planes), scan.part->codes->bits(), plane_stride,
+                 scan.chosen[c], keys.factors, scan.bounds + c * kChunkKeys, scan.stride(),
                  scan.tops + c * kBlocksPerChunk, scan.tops_stride());
 }
 

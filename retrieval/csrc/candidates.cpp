@@ -32,9 +32,9 @@ void mark_by_bound(const Unit& unit, const Scan& scan, std::int64_t c, int h, Ma
 
 void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale, Marks& marks) {
   const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
-  const std::int16_t* factors = scan.chunk(c).factors;
+  const std::int16_t* factors = scan.chunk(c).keys.factors;
   const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
-  const Weigher weigher = scan.weigher(c, h, scale, unit.best[h]);
+  const Weigher weigher = scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]);
   for (int g = 0; g < kChunkGroups; ++g) {
     const int slot = g * kGroupKeys;
     const std::uint64_t visible = scan.visible(c, g);

@@ -19,47 +19,46 @@ constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ mo
 }  // namespace
 
 void score_means(Unit& unit, const Task& task) {
-  static const std::vector<float> ones(kMaxHeadDim, 1.0f);
   Scan& scan = unit.scans[task.run];
   const int head_dim = unit.queries.head_dim;
-  const std::int64_t stride = scan.num_chunks * kChunkRuns;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    const CodeChunk& chunk = scan.chunk(c);
-    float sums[kMaxGroup * kChunkRuns] = {};  // a row of means is what all runs have in one dimension
-    kernels().accumulate(scan.query.mapped.data(), head_dim, unit.queries.num,
-                         {chunk.means, ones.data(), DType::kInt8, kChunkRuns}, nullptr, 0, head_dim, sums);
-    for (int h = 0; h < unit.queries.num; ++h) {
-      float* levels = scan.levels + h * stride + c * kChunkRuns;
-      float crest = -kInfinity;
-      for (int r = 0; r < kChunkRuns; ++r) {
-        levels[r] = scan.query.base[h] + chunk.mean_units[r] * sums[h * kChunkRuns + r];
-        crest = std::max(crest, levels[r]);
-      }
-      scan.crests[h * scan.num_chunks + c] = crest;
-    }
+    const CodeGroups& means = scan.chunk(c).means;
+    std::int16_t tops[kMaxGroup * kBlocksPerChunk];
+    kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, head_dim, scan.query.shift,
+                   reinterpret_cast<const std::uint8_t*>(means.planes), scan.part->codes->bits(), plane_bytes(head_dim),
+                   1u, means.factors, scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
+    for (int h = 0; h < unit.queries.num; ++h) scan.crests[h * scan.num_chunks + c] = tops[h * kBlocksPerChunk];
   }
 }
 
 void choose_first(Unit& unit) {
+  struct Crest {
+    float level;
+    const Scan* scan;
+    std::int64_t chunk;
+  };
   for (Scan& scan : unit.scans) {
     std::fill_n(scan.chosen, scan.num_chunks, 0u);
     std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
   }
   for_sample_groups(unit, [](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
-  std::vector<std::pair<float, std::pair<const Scan*, std::int64_t>>> crests;
+  std::vector<Crest> crests;
   for (int h = 0; h < unit.queries.num; ++h) {
     crests.clear();
     for (const Scan& scan : unit.scans) {
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) crests.push_back({scan.crests[h * scan.num_chunks + c], {&scan, c}});
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+        crests.push_back({scan.query.base[h] + scan.level_unit(c, h) * scan.crests[h * scan.num_chunks + c], &scan, c});
+      }
     }
     const std::size_t num = std::min(kFirstChunks, crests.size());
     std::partial_sort(crests.begin(), crests.begin() + static_cast<std::ptrdiff_t>(num), crests.end(),
-                      [](const auto& a, const auto& b) { return a.first > b.first; });
+                      [](const Crest& a, const Crest& b) { return a.level > b.level; });
     for (std::size_t i = 0; i < num; ++i) {
-      const auto [scan, c] = crests[i].second;
-      const float* levels = scan->levels + (h * scan->num_chunks + c) * kChunkRuns;
+      const auto [level, scan, c] = crests[i];
+      const std::int16_t* levels = scan->levels + (h * scan->num_chunks + c) * kChunkRuns;
       for (int r = 0; r < kChunkRuns; ++r) {
-        if (levels[r] >= crests[num - 1].first) scan->chosen[c] |= 1u << r / kRunsPerGroup;
+        const float each = scan->query.base[h] + scan->level_unit(c, h) * levels[r];
+        if (each >= crests[num - 1].level) scan->chosen[c] |= 1u << r / kRunsPerGroup;
       }
     }
   }
@@ -87,20 +86,21 @@ void choose_groups(Unit& unit, const Task& task, const Budget& budget, float sca
   float at = phase(unit, ~scan.first_key(task.begin));
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    float chances[kChunkRuns] = {};
+    alignas(64) float chances[kChunkRuns] = {};
     for (int h = 0; h < unit.queries.num; ++h) {
-      const float* levels = scan.levels + h * stride + c * kChunkRuns;
+      const std::int16_t* levels = scan.levels + h * stride + c * kChunkRuns;
       // However far it lies from the mean, a key scores no more above it than this times the radius.
       float reach = scan.query.norm[h];
       if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
-      for (int r = 0; r < kChunkRuns; ++r) {
-        chances[r] += levels[r] + reach * chunk.radii[r] < unit.group_floor[h] ? 0.0f : 1.0f;
+      const float level_unit = scan.level_unit(c, h), least = unit.group_floor[h] - scan.query.base[h];
+      if (!(level_unit * scan.crests[h * scan.num_chunks + c] + reach * chunk.widest < least)) {
+        for (int r = 0; r < kChunkRuns; ++r) {
+          chances[r] += level_unit * levels[r] + reach * chunk.radii[r] < least ? 0.0f : 1.0f;
+        }
       }
       if (unit.group_draws[h] == 0.0f) continue;
-      float weights[kChunkRuns];
-      for (int r = 0; r < kChunkRuns; ++r) weights[r] = std::min(levels[r], unit.best[h]);
-      kernels().exponentiate(weights, kChunkRuns, scale, unit.best[h], -kInfinity);
-      for (int r = 0; r < kChunkRuns; ++r) chances[r] += unit.group_draws[h] * weights[r];
+      kernels().split(levels, chunk.means.factors, scan.weigher(chunk.means, h, scale, unit.best[h]), kInfinity,
+                      ~std::uint64_t{0}, unit.group_draws[h], chances);
     }
     std::uint32_t chosen = scan.chosen[c];
     for (int g = 0; g < kChunkGroups; ++g) {

@@ -192,7 +192,8 @@ std::int64_t LayerCodes::nbytes() const {
   auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
   for (const Pages& pages : pages_) total += static_cast<std::int64_t>(pages.bytes());
   for (const HeadCodes& head : heads_) {
-    total += static_cast<std::int64_t>((head.centroid.size() + head.scatter.size()) * sizeof(float));
+    total += static_cast<std::int64_t>((head.centroid.size() + head.scatter.size()) * sizeof(float) +
+                                       head.chunks.size() * sizeof(CodeChunk));
   }
   return total;
 }
@@ -201,9 +202,6 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
                         std::int64_t count, Encoded& out) const {
   constexpr int kTogether = 4;
   const auto dims = static_cast<std::size_t>(head_dim_);
-  const int levels = 1 << bits_;
-  const float middle = 0.5f * static_cast<float>(levels - 1);
-  const float root = std::sqrt(static_cast<float>(head_dim_));
   float centred[kTogether * kMaxHeadDim], mapped[kTogether * kMaxHeadDim];
   for (std::int64_t i = first; i < first + count; i += kTogether) {
     const int num = static_cast<int>(std::min<std::int64_t>(kTogether, first + count - i));
@@ -214,71 +212,77 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
     }
     apply_map(key_map(head), centred, num, head_dim_, mapped);
     for (int t = 0; t < num; ++t) {
-      const float* r = mapped + t * head_dim_;
-      const float norm_squared = dot(r, r, head_dim_);
-      const float norm = std::sqrt(norm_squared);
-      const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits_]) : 0.0f;
       std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i + t) * dims;
-      float along = 0.0f;  // <u, r>
-      for (std::size_t j = 0; j < dims; ++j) {
-        // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
-        const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
-        const auto level = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
-        code[j] = level;
-        along += 2.0f * (static_cast<float>(level) - middle) * r[j];
-      }
-      out.factors[static_cast<std::size_t>(i + t)] = along > 0.0f ? norm_squared / along : 0.0f;
+      out.factors[static_cast<std::size_t>(i + t)] = nearest_code(mapped + t * head_dim_, head_dim_, bits_, code);
     }
   }
   return true;
 }
 
 void LayerCodes::add_chunk(HeadCodes& head) {
-  const std::size_t at = head.chunks.size(), bytes = sizeof(CodeChunk) + plane_total() + mean_total();
-  if (at == pages_.size()) pages_.emplace_back(heads_.size() * bytes);
-  std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * bytes;
-  CodeChunk* chunk = new (place) CodeChunk;
-  chunk->planes = place + sizeof(CodeChunk);
-  chunk->means = reinterpret_cast<std::int8_t*>(chunk->planes + plane_total());
-  std::fill_n(chunk->radii, kChunkRuns, std::numeric_limits<float>::infinity());  // until they are full
-  head.chunks.push_back(chunk);
+  const std::size_t at = head.chunks.size();
+  const auto bytes = [&](int num_groups) {
+    return plane_total(num_groups) + static_cast<std::size_t>(num_groups * kGroupKeys) * sizeof(std::int16_t);
+  };
+  const std::size_t total = bytes(kChunkGroups) + bytes(1);
+  if (at == pages_.size()) pages_.emplace_back(heads_.size() * total);
+  std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * total;
+  CodeChunk& chunk = head.chunks.emplace_back();
+  for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
+    groups->num_groups = groups == &chunk.keys ? kChunkGroups : 1;
+    groups->planes = place;
+    groups->factors = reinterpret_cast<std::int16_t*>(place + plane_total(groups->num_groups));
+    place += bytes(groups->num_groups);
+  }
+  std::fill_n(chunk.radii, kChunkRuns, std::numeric_limits<float>::infinity());  // until they are full
+  chunk.widest = std::numeric_limits<float>::infinity();
+}
+
+void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits) {
+  for (int p = 0; p < bits; ++p) {
+    auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
+                  (p * num_groups + slot / kGroupKeys) * plane_bytes(head_dim) + slot % kGroupKeys;
+    const int shift = bits - 1 - p;
+    for (int s = 0; s < head_dim / 8; ++s) {
+      unsigned packed = 0;
+      for (int b = 0; b < 8; ++b) packed |= ((code[s * 8 + b] >> shift) & 1u) << b;
+      plane[s * kGroupKeys] = static_cast<std::uint8_t>(packed);
+    }
+  }
+  if (factor > unit) {
+    // Rare once the largest has been seen: leave room, and restate what is there.
+    const float larger = factor * 1.25f, ratio = unit / larger;
+    for (int t = 0; t < slot; ++t) {
+      factors[t] = static_cast<std::int16_t>(static_cast<float>(factors[t]) * ratio + 0.5f);
+    }
+    unit = larger;
+  }
+  factors[slot] = static_cast<std::int16_t>(unit > 0.0f ? factor / unit * 32768.0f + 0.5f : 0.0f);
+}
+
+float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
+  const int levels = 1 << bits;
+  const float middle = 0.5f * static_cast<float>(levels - 1);
+  const float norm_squared = dot(r, r, head_dim);
+  const float norm = std::sqrt(norm_squared), root = std::sqrt(static_cast<float>(head_dim));
+  const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits]) : 0.0f;
+  float along = 0.0f;  // <u, r>
+  for (int j = 0; j < head_dim; ++j) {
+    // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
+    const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
+    code[j] = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
+    along += 2.0f * (static_cast<float>(code[j]) - middle) * r[j];
+  }
+  return along > 0.0f ? norm_squared / along : 0.0f;
 }
 
 void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new) {
-  const int bytes = plane_bytes(head_dim_);
   for (std::int64_t i = 0; i < num_new; ++i) {
-    const std::int64_t position = num_keys_ + i;
-    const int slot = static_cast<int>(position % kChunkKeys);
+    const auto slot = static_cast<int>((num_keys_ + i) % kChunkKeys);
     if (slot == 0) add_chunk(head);
-    CodeChunk& chunk = *head.chunks.back();
-    const std::uint8_t* code = keys.codes.data() + static_cast<std::size_t>(i) * static_cast<std::size_t>(head_dim_);
-    for (int p = 0; p < bits_; ++p) {
-      auto* plane = reinterpret_cast<std::uint8_t*>(chunk.planes) +
-                    (p * kChunkGroups + slot / kGroupKeys) * bytes + slot % kGroupKeys;
-      const int shift = bits_ - 1 - p;
-      for (int s = 0; s < head_dim_ / 8; ++s) {
-        unsigned packed = 0;
-        for (int b = 0; b < 8; ++b) packed |= ((code[s * 8 + b] >> shift) & 1u) << b;
-        plane[s * kGroupKeys] = static_cast<std::uint8_t>(packed);
-      }
-    }
-    const auto at = static_cast<std::size_t>(i);
-    if (keys.factors[at] > chunk.unit) {
-      // Rare once a chunk has seen its largest key: leave room, and restate what is there.
-      const float unit = keys.factors[at] * 1.25f;
-      const float ratio = chunk.unit / unit;
-      for (int t = 0; t < slot; ++t) {
-        chunk.factors[t] = static_cast<std::int16_t>(static_cast<float>(chunk.factors[t]) * ratio + 0.5f);
-      }
-      chunk.unit = unit;
-    }
-    const float factor = chunk.unit > 0.0f ? keys.factors[at] / chunk.unit * 32768.0f + 0.5f : 0.0f;
-    chunk.factors[slot] = static_cast<std::int16_t>(factor);
+    head.chunks.back().keys.put(slot, keys.codes.data() + i * head_dim_, keys.factors[static_cast<std::size_t>(i)],
+                                head_dim_, bits_);
   }
-}
-
-std::size_t LayerCodes::plane_total() const {
-  return static_cast<std::size_t>(bits_) * kChunkGroups * static_cast<std::size_t>(plane_bytes(head_dim_));
 }
 
 void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool) {
@@ -335,13 +339,14 @@ std::string LayerCodes::save() const {
       put(&head.num_scattered, sizeof(head.num_scattered));
       put(head.scatter.data(), head.scatter.size() * sizeof(float));
     }
-    for (const auto& chunk : head.chunks) {
-      put(chunk->planes, plane_total());
-      put(chunk->factors, sizeof(chunk->factors));
-      put(&chunk->unit, sizeof(float));
-      put(chunk->means, mean_total());
-      put(chunk->mean_units, sizeof(chunk->mean_units));
-      put(chunk->radii, sizeof(chunk->radii));
+    for (const CodeChunk& chunk : head.chunks) {
+      for (const CodeGroups* groups : {&chunk.keys, &chunk.means}) {
+        put(groups->planes, plane_total(groups->num_groups));
+        put(groups->factors, static_cast<std::size_t>(groups->num_groups * kGroupKeys) * sizeof(std::int16_t));
+        put(&groups->unit, sizeof(float));
+      }
+      put(chunk.radii, sizeof(chunk.radii));
+      put(&chunk.widest, sizeof(float));
     }
   }
   return out;
@@ -365,7 +370,6 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
   }
   auto codes = std::make_shared<LayerCodes>(static_cast<int>(header[0]), static_cast<int>(header[1]),
                                             static_cast<int>(header[2]), static_cast<std::uint64_t>(header[3]));
-  const std::size_t plane_total = codes->plane_total();
   if (header[5] == 1) {
     const std::size_t num_maps = 2 * codes->heads_.size() * codes->matrix_size();
     if (size - at < num_maps * sizeof(float)) throw std::invalid_argument("truncated codes");
@@ -383,15 +387,16 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
     take(head.scatter.data(), head.scatter.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      if (size - at < plane_total) throw std::invalid_argument("truncated codes");
+      if (size - at < codes->plane_total(kChunkGroups)) throw std::invalid_argument("truncated codes");
       codes->add_chunk(head);
-      CodeChunk* chunk = head.chunks.back();
-      take(chunk->planes, plane_total);
-      take(chunk->factors, sizeof(chunk->factors));
-      take(&chunk->unit, sizeof(float));
-      take(chunk->means, codes->mean_total());
-      take(chunk->mean_units, sizeof(chunk->mean_units));
-      take(chunk->radii, sizeof(chunk->radii));
+      CodeChunk& chunk = head.chunks.back();
+      for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
+        take(groups->planes, codes->plane_total(groups->num_groups));
+        take(groups->factors, static_cast<std::size_t>(groups->num_groups * kGroupKeys) * sizeof(std::int16_t));
+        take(&groups->unit, sizeof(float));
+      }
+      take(chunk.radii, sizeof(chunk.radii));
+      take(&chunk.widest, sizeof(float));
     }
   }
   if (at != size) throw std::invalid_argument("codes with bytes left over");

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -45,20 +46,28 @@ class Pages {
   std::size_t bytes_;  // whole pages
 };
 
+// Codes of some groups of keys: what scan reads.
+struct CodeGroups {
+  std::byte* planes = nullptr;        // [bits][num_groups][plane_bytes]
+  std::int16_t* factors = nullptr;    // [num_groups * kGroupKeys], f in units of unit / 2^15
+  float unit = 0.0f;                  // above every f in here
+  int num_groups = 0;
+
+  // Puts a code [head_dim] of `bits` bits into a slot; slots are filled in order.
+  void put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits);
+};
+
 // 2048 keys of one head, and what each full run of 32 of them has in common (summary.h).
 struct CodeChunk {
-  std::byte* planes = nullptr;                        // [bits][kChunkGroups][plane_bytes], in the same pages
-  std::int8_t* means = nullptr;                       // [head_dim][kChunkRuns], likewise
-  alignas(64) std::int16_t factors[kChunkKeys] = {};  // f in units of unit / 2^15
-  float unit = 0.0f;                                  // above every f in here
-  float mean_units[kChunkRuns] = {};                  // of the means of each run
-  float radii[kChunkRuns] = {};                       // distance of the farthest key from its run's mean; infinite before it is full
+  CodeGroups keys, means;         // of kChunkGroups groups, and of one: the means of the runs
+  float radii[kChunkRuns] = {};   // distance of the farthest key from its run's mean; infinite before it is full
+  float widest = 0.0f;            // of them
 };
 
 // Codes of one head; read under LayerCodes' lock.
 struct HeadCodes {
   std::vector<float> centroid;     // [head_dim]
-  std::vector<CodeChunk*> chunks;  // owned by the layer
+  std::deque<CodeChunk> chunks;    // their arrays are the layer's
   std::vector<float> scatter;      // [head_dim][head_dim]: covariance of keys round the means of their runs, as a sum
   std::int64_t num_scattered = 0;  // over so many keys
 };
@@ -105,8 +114,9 @@ class LayerCodes {
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
   void add_chunk(HeadCodes& head);
-  std::size_t plane_total() const;
-  std::size_t mean_total() const { return static_cast<std::size_t>(kChunkRuns * head_dim_); }
+  std::size_t plane_total(int num_groups) const {
+    return static_cast<std::size_t>(bits_ * num_groups * plane_bytes(head_dim_));
+  }
   std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
   int num_kv_heads_, head_dim_, bits_;
@@ -119,6 +129,9 @@ class LayerCodes {
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;
 };
+
+// Nearest code [head_dim] to r, a centred and rotated key, and its factor f; 0 if r is zero.
+float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code);
 
 // A group's queries against the codes of one head: what scan, split and the means of runs need.
 struct CodeQuery {

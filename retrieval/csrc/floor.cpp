@@ -124,13 +124,13 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
     const std::int64_t slot = std::int64_t{g} * kGroupKeys;
     const std::uint64_t visible = scan.visible(c, g);
     weights.resize(weights.size() + kGroupKeys, 0.0f);
-    const std::int16_t* factors = scan.chunk(c).factors + slot;
+    const std::int16_t* factors = scan.chunk(c).keys.factors + slot;
     kernels().split(scan.bounds + h * scan.stride() + c * kChunkKeys + slot, factors,
-                    scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
+                    scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
     num_sampled += __builtin_popcountll(visible);
     std::int64_t squares = 0;
     for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
-    const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).unit / 32768.0f;
+    const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).keys.unit / 32768.0f;
     variance += deviation * deviation * static_cast<float>(squares);
   });
   if (num_sampled == 0) return;

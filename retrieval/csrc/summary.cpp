@@ -9,7 +9,6 @@ namespace retrieval {
 namespace {
 
 constexpr int kPiece = 8;           // dimensions whose bits share a byte
-constexpr float kLevels = 127.0f;   // of a mean's coordinate, either side
 
 // Bit j of a byte as byte j of a word.
 std::array<std::uint64_t, 256> spread_bits() {
@@ -23,11 +22,11 @@ std::array<std::uint64_t, 256> spread_bits() {
 // Keys of a run of a chunk as their codes tell: [kRunKeys][head_dim].
 void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys) {
   static const std::array<std::uint64_t, 256> spread = spread_bits();
-  const auto* planes = reinterpret_cast<const std::uint8_t*>(chunk.planes);
+  const auto* planes = reinterpret_cast<const std::uint8_t*>(chunk.keys.planes);
   const float middle = 0.5f * static_cast<float>((1 << bits) - 1);
   const int g = run * kRunKeys / kGroupKeys, first = run * kRunKeys % kGroupKeys;
   for (int i = 0; i < kRunKeys; ++i) {
-    const float factor = 2.0f * chunk.unit * static_cast<float>(chunk.factors[run * kRunKeys + i]) / 32768.0f;
+    const float factor = 2.0f * chunk.keys.unit * static_cast<float>(chunk.keys.factors[run * kRunKeys + i]) / 32768.0f;
     std::uint8_t levels[kMaxHeadDim];
     for (int s = 0; s < head_dim / kPiece; ++s) {
       std::uint64_t word = 0;
@@ -45,21 +44,16 @@ void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys
 
 void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits) {
   const auto dims = static_cast<std::size_t>(head_dim);
-  CodeChunk& chunk = *head.chunks[static_cast<std::size_t>(run / kChunkRuns)];
+  CodeChunk& chunk = head.chunks[static_cast<std::size_t>(run / kChunkRuns)];
   const auto at = static_cast<int>(run % kChunkRuns);
   float keys[kRunKeys * kMaxHeadDim], mean[kMaxHeadDim] = {};
   decode(chunk, at, head_dim, bits, keys);
   for (std::size_t i = 0; i < kRunKeys; ++i) {
     for (std::size_t j = 0; j < dims; ++j) mean[j] += keys[i * dims + j] / kRunKeys;
   }
-  float largest = 0.0f;
-  for (std::size_t j = 0; j < dims; ++j) largest = std::max(largest, std::fabs(mean[j]));
-  const float unit = std::max(largest / kLevels, 1e-30f);
-  for (std::size_t j = 0; j < dims; ++j) {
-    const auto level = static_cast<std::int8_t>(std::lrint(mean[j] / unit));
-    chunk.means[j * kChunkRuns + static_cast<std::size_t>(at)] = level;
-    mean[j] = unit * static_cast<float>(level);
-  }
+  std::uint8_t code[kMaxHeadDim];
+  const float factor = nearest_code(mean, head_dim, bits, code);
+  chunk.means.put(at, code, factor, head_dim, bits);
   float farthest = 0.0f;
   for (std::size_t i = 0; i < kRunKeys; ++i) {
     float squared = 0.0f;
@@ -69,10 +63,10 @@ void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits) {
     }
     farthest = std::max(farthest, squared);
   }
-  chunk.mean_units[at] = unit;
   chunk.radii[at] = std::sqrt(farthest);
+  if (at == kChunkRuns - 1) chunk.widest = *std::max_element(chunk.radii, chunk.radii + kChunkRuns);
   head.scatter.resize(dims * dims);
-  const float* one = keys + static_cast<std::size_t>(run * 37 % kRunKeys) * dims;  // any of them will do
+  const float* one = keys + static_cast<std::size_t>(run % kRunKeys) * dims;  // any of them will do
   for (std::size_t a = 0; a < dims; ++a) {
     for (std::size_t b = 0; b < dims; ++b) head.scatter[a * dims + b] += one[a] * one[b];
   }

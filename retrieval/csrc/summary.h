@@ -1,5 +1,5 @@
 // What the 32 keys of a run have in common: neighbours in a text are alike, so the mean of a run tells what its keys
-// can score at most, and what they weigh, before any of them is looked at.
+// can score at most, and what they weigh, before any of them is looked at. Means are kept as codes, like keys.
 //
 // All of it comes from the codes, so it is the same however the keys were appended. Rotated and centred, a key lies
 // within `radius` of its run's mean; how far it lies in the direction of one query follows from the scatter of all
@@ -12,7 +12,8 @@
 
 namespace retrieval {
 
-// Fills mean, unit and radius of a run, counted from the first key, which must be full, and adds to the scatter.
+// Fills the mean and the radius of a run, counted from the first key, which must be full, and adds to the scatter.
+// Runs are to be summarized in order.
 void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits);
 
 // Root mean square distance of keys from the means of their runs; 0 if there is none.

@@ -53,8 +53,8 @@ struct Scan {
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::uint32_t* chosen = nullptr; // [num_chunks], bit g: group g is scanned; the rest are ruled out, or stood for
   // Only where groups are chosen:
-  float* levels = nullptr;         // [num][num_chunks * kChunkRuns] scores of the means of runs
-  float* crests = nullptr;         // [num][num_chunks] the best of them
+  std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] bounds of the means of runs
+  std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<std::vector<Candidate>> found;  // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
@@ -63,8 +63,9 @@ struct Scan {
 
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
   std::int64_t tops_stride() const { return num_chunks * kBlocksPerChunk; }
-  const CodeChunk& chunk(std::int64_t i) const { return *codes->chunks[static_cast<std::size_t>(first_chunk + i)]; }
-  float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).unit; }
+  const CodeChunk& chunk(std::int64_t i) const { return codes->chunks[static_cast<std::size_t>(first_chunk + i)]; }
+  float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).keys.unit; }
+  float level_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).means.unit; }
 
   std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
 
@@ -77,10 +78,11 @@ struct Scan {
     return stands_for != nullptr ? stands_for[i * kChunkGroups + g] : 1.0f;
   }
 
-  // How bounds of chunk i become weights relative to a key of score `best`.
-  Weigher weigher(std::int64_t i, int h, float scale, float best) const {
+  // How bounds of some groups become weights relative to a key of score `best`.
+  Weigher weigher(const CodeGroups& groups, int h, float scale, float best) const {
     const float unit = scale * kLog2E;
-    return {unit * (query.base[h] - best), unit * bound_unit(i, h), unit * query.lift[h] * chunk(i).unit / 32768.0f};
+    return {unit * (query.base[h] - best), unit * query.slope[h] * groups.unit,
+            unit * query.lift[h] * groups.unit / 32768.0f};
   }
 
   // Integer bounds of chunk i that reach `floor` are those >= the result; above 32767: none does.
