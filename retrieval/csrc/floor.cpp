@@ -14,27 +14,33 @@ constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the draw
 constexpr float kHigher = 3.0f;             // nats that the best key of a head that draws may turn out higher
 constexpr float kLargestVariance = 4.0f;    // nats squared
 
-// Whether any group of block b is.
-bool is_scanned(const Scan& scan, std::int64_t b) {
-  constexpr int kGroups = kBlockKeys / kGroupKeys;
-  return (scan.chosen[b / kBlocksPerChunk] >> (b % kBlocksPerChunk * kGroups) & ((1u << kGroups) - 1)) != 0;
+// The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
+void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
+  tops.clear();
+  for (const Scan& scan : unit.scans) {
+    const std::size_t first = tops.size();
+    tops.resize(first + static_cast<std::size_t>(scan.tops_stride()));
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+      const float factor = scan.bound_unit(c, h);
+      const std::int16_t* found = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
+      float* out = tops.data() + first + c * kBlocksPerChunk;
+      for (int b = 0; b < kBlocksPerChunk; ++b) {
+        const bool is_scanned = (scan.chosen[c] >> (b * kBlockGroups) & ((1u << kBlockGroups) - 1)) != 0;
+        out[b] = is_scanned ? scan.query.base[h] + factor * static_cast<float>(found[b]) : -kInfinity;
+      }
+    }
+  }
 }
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
-float probe_bound(const Unit& unit, int h, std::size_t wanted) {
-  std::vector<float> tops;
-  for (const Scan& scan : unit.scans) {
-    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      if (!is_scanned(scan, b)) continue;
-      const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
-      tops.push_back(scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top);
-    }
-  }
+float probe_bound(const Unit& unit, int h, std::vector<float> tops, std::size_t wanted) {
+  tops.erase(std::remove(tops.begin(), tops.end(), -kInfinity), tops.end());
   if (tops.size() > wanted) {
     const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
     std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
     return *nth;
   }
+  if (tops.empty()) return -kInfinity;
   // Few blocks: go down from the least top in growing steps until enough keys pass.
   const auto [least, most] = std::minmax_element(tops.begin(), tops.end());
   float bound = *least, step = std::max(*most - *least, 1e-3f * std::fabs(*most));
@@ -67,21 +73,25 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
     std::int32_t position;
   };
   std::vector<Probe> probes;
-  const float reached = probe_bound(unit, h, wanted);
+  std::vector<float> tops;
+  read_tops(unit, h, tops);
+  const float reached = probe_bound(unit, h, tops, wanted);
+  const float* top = tops.data();
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     const Scan& scan = unit.scans[s];
-    int threshold = 0;
     for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      if (b % kBlocksPerChunk == 0) threshold = scan.threshold(b / kBlocksPerChunk, h, reached);
-      if (scan.tops[h * scan.tops_stride() + b] < threshold || !is_scanned(scan, b)) continue;
+      if (*top++ < reached) continue;
+      const std::int64_t c = b / kBlocksPerChunk;
+      const int threshold = scan.threshold(c, h, reached);
+      if (threshold > 32767) continue;
       const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
-      const float factor = scan.bound_unit(b / kBlocksPerChunk, h);
-      std::uint64_t masks[kBlockKeys / kGroupKeys];
-      kernels().select(bounds, kBlockKeys / kGroupKeys, static_cast<std::int16_t>(threshold), masks);
-      for (int g = 0; g < kBlockKeys / kGroupKeys; ++g) {
+      const float factor = scan.bound_unit(c, h);
+      std::uint64_t masks[kBlockGroups];
+      kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
+      for (int g = 0; g < kBlockGroups; ++g) {
         const std::int64_t start = scan.first_key(0) + b * kBlockKeys + g * kGroupKeys;
-        const auto group = static_cast<int>(b % kBlocksPerChunk * (kBlockKeys / kGroupKeys)) + g;
-        for_each_bit(masks[g] & scan.visible(b / kBlocksPerChunk, group), [&](int i) {
+        const auto group = static_cast<int>(b % kBlocksPerChunk * kBlockGroups) + g;
+        for_each_bit(masks[g] & scan.visible(c, group), [&](int i) {
           probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
                             static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
         });
@@ -119,6 +129,8 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   std::vector<float> weights;
   float variance = 0.0f;  // of an estimated logit, in nats squared
   std::int64_t num_visible = 0, num_sampled = 0;
+  constexpr int kEvery = 4;
+  weights.reserve(2 * kSampleGroups * kGroupKeys);
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
     const std::int64_t slot = std::int64_t{g} * kGroupKeys;
@@ -128,23 +140,24 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
     kernels().split(scan.bounds + h * scan.stride() + c * kChunkKeys + slot, factors,
                     scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
     num_sampled += __builtin_popcountll(visible);
-    std::int64_t squares = 0;
-    for (int i = 0; i < kGroupKeys; ++i) squares += std::int64_t{factors[i]} * factors[i];
+    float squares = 0.0f;  // of some of them
+    for (int i = 0; i < kGroupKeys; i += kEvery) squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
     const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).keys.unit / 32768.0f;
-    variance += deviation * deviation * static_cast<float>(squares);
+    variance += deviation * deviation * squares;
   });
   if (num_sampled == 0) return;
   const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
   // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.
   const auto divide = [&](float weight) {
-    constexpr std::size_t kLanes = 16;  // divides kGroupKeys
+    constexpr std::size_t kLanes = 4;  // divides kGroupKeys
+    const float* each = weights.data();
     float counts[kLanes] = {}, sums[kLanes] = {};
     for (std::size_t i = 0; i < weights.size(); i += kLanes) {
       for (std::size_t j = 0; j < kLanes; ++j) {
-        const float each = weights[i + j];
-        counts[j] += each >= weight ? 1.0f : 0.0f;
-        sums[j] += each >= weight ? 0.0f : each;
+        const float is_below = each[i + j] < weight ? 1.0f : 0.0f;
+        counts[j] += 1.0f - is_below;
+        sums[j] += is_below * each[i + j];
       }
     }
     return std::pair<float, float>(per_sample * std::accumulate(counts, counts + kLanes, 0.0f),
@@ -178,14 +191,9 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
 bool is_settled(const Unit& unit, int h, float scale) {
   // A head that draws takes a key above its floor for certain, however good it is.
   const float limit = unit.best[h] + (unit.draws[h] > 0.0f ? kHigher / scale : 0.0f);
-  for (const Scan& scan : unit.scans) {
-    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      if (!is_scanned(scan, b)) continue;
-      const auto top = static_cast<float>(scan.tops[h * scan.tops_stride() + b]);
-      if (scan.query.base[h] + scan.bound_unit(b / kBlocksPerChunk, h) * top > limit) return false;
-    }
-  }
-  return true;
+  std::vector<float> tops;
+  read_tops(unit, h, tops);
+  return std::all_of(tops.begin(), tops.end(), [&](float top) { return top <= limit; });
 }
 
 float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {

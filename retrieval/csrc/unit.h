@@ -16,6 +16,7 @@ inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kLog2E = 1.44269504f;
 inline constexpr int kTileKeys = 256;             // keys whose scores are held at once
 inline constexpr int kBlockKeys = 8 * kGroupKeys; // keys per entry of tops
+inline constexpr int kBlockGroups = kBlockKeys / kGroupKeys;
 inline constexpr int kBlocksPerChunk = kChunkKeys / kBlockKeys;
 
 // Bits of keys [64 g, 64 g + 64) that lie in [begin, end).
