@@ -12,9 +12,20 @@ namespace {
 constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 static_assert(kRunsPerGroup == 2);
+constexpr std::int64_t kMeansAhead = 3;     // chunks
 constexpr float kHeavy = 0.01f;             // share of all weight that a key of a group left out must not have
 constexpr float kKeysPerGroup = 4.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
+
+// Codes that will be scanned soon, on their way from memory.
+void fetch(const CodeGroups& groups, int g, int head_dim, int bits) {
+  for (int p = 0; p < bits; ++p) {
+    const std::byte* plane = groups.planes + (p * groups.num_groups + g) * plane_bytes(head_dim);
+    for (int at = 0; at < plane_bytes(head_dim); at += 64) __builtin_prefetch(plane + at, 0, 2);
+  }
+  __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
+  __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);
+}
 
 }  // namespace
 
@@ -23,6 +34,7 @@ void score_means(Unit& unit, const Task& task) {
   const int head_dim = unit.queries.head_dim;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeGroups& means = scan.chunk(c).means;
+    if (c + kMeansAhead < scan.num_chunks) fetch(scan.chunk(c + kMeansAhead).means, 0, head_dim, scan.part->codes->bits());
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, head_dim, scan.query.shift,
                    reinterpret_cast<const std::uint8_t*>(means.planes), scan.part->codes->bits(), plane_bytes(head_dim),
@@ -115,6 +127,8 @@ void choose_groups(Unit& unit, const Task& task, const Budget& budget, float sca
       chosen |= 1u << g;
     }
     scan.chosen[c] = chosen;
+    if (__builtin_popcount(chosen) > kChunkGroups / 2) continue;
+    for_each_bit(chosen, [&](int g) { fetch(chunk.keys, g, unit.queries.head_dim, scan.part->codes->bits()); });
   }
 }
 

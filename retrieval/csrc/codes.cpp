@@ -267,11 +267,15 @@ float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
   const float norm = std::sqrt(norm_squared), root = std::sqrt(static_cast<float>(head_dim));
   const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits]) : 0.0f;
   float along = 0.0f;  // <u, r>
+  int found[kMaxHeadDim];
   for (int j = 0; j < head_dim; ++j) {
     // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
     const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
-    code[j] = static_cast<std::uint8_t>(std::min(shifted, static_cast<float>(levels - 1)));
-    along += 2.0f * (static_cast<float>(code[j]) - middle) * r[j];
+    found[j] = static_cast<int>(std::min(shifted, static_cast<float>(levels - 1)));
+  }
+  for (int j = 0; j < head_dim; ++j) {
+    along += 2.0f * (static_cast<float>(found[j]) - middle) * r[j];
+    code[j] = static_cast<std::uint8_t>(found[j]);
   }
   return along > 0.0f ? norm_squared / along : 0.0f;
 }
