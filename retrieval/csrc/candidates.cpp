@@ -12,38 +12,35 @@ constexpr std::size_t kUsualCandidates = 256;  // of a task
 
 // What one chunk holds for the heads of a unit.
 struct Marks {
-  std::uint64_t masks[kMaxGroup][kChunkGroups];  // keys that pass the floor of a head
+  std::uint64_t masks[kMaxGroup][kChunkGroups];  // keys that pass the floor of a head, of chosen groups
   std::uint64_t any[kChunkGroups] = {};          // of any head
-  float measure[kChunkKeys];                     // chances of being drawn, where some head draws
+  float measure[kChunkKeys];                     // chances of being drawn, of chosen groups where some head draws
 };
 
 void mark_by_bound(const Unit& unit, const Scan& scan, std::int64_t c, int h, Marks& marks) {
-  constexpr int kGroups = kBlockKeys / kGroupKeys;
   const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
+  const std::int16_t* tops = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
   const int threshold = scan.threshold(c, h, unit.floor[h]);
-  for (int b = 0; b < kBlocksPerChunk; ++b) {
-    std::uint64_t* mask = marks.masks[h] + b * kGroups;
-    std::fill_n(mask, kGroups, std::uint64_t{0});
-    if (scan.tops[h * scan.tops_stride() + c * kBlocksPerChunk + b] < threshold) continue;
-    kernels().select(bounds + b * kBlockKeys, kGroups, static_cast<std::int16_t>(threshold), mask);
-    for (int g = 0; g < kGroups; ++g) marks.any[b * kGroups + g] |= mask[g];
-  }
+  for_each_bit(scan.chosen[c], [&](int g) {
+    std::uint64_t& mask = marks.masks[h][g];
+    mask = 0;
+    if (tops[g / kBlockGroups] < threshold) return;
+    kernels().select(bounds + g * kGroupKeys, 1, static_cast<std::int16_t>(threshold), &mask);
+    marks.any[g] |= mask;
+  });
 }
 
 void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale, Marks& marks) {
   const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
-  const std::int16_t* factors = scan.chunk(c).keys.factors;
+  const CodeGroups& keys = scan.chunk(c).keys;
   const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
-  const Weigher weigher = scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]);
-  for (int g = 0; g < kChunkGroups; ++g) {
+  const Weigher weigher = scan.weigher(keys, h, scale, unit.best[h]);
+  for_each_bit(scan.chosen[c], [&](int g) {
     const int slot = g * kGroupKeys;
-    const std::uint64_t visible = scan.visible(c, g);
-    marks.masks[h][g] = 0;
-    if (visible == 0) continue;
-    marks.masks[h][g] = kernels().split(bounds + slot, factors + slot, weigher, floor, visible,
+    marks.masks[h][g] = kernels().split(bounds + slot, keys.factors + slot, weigher, floor, scan.visible(c, g),
                                         unit.draws[h] * scan.weight_of(c, g), marks.measure + slot);
     marks.any[g] |= marks.masks[h][g];
-  }
+  });
 }
 
 // Largest distance above the floor of a head, of key i of group g.
@@ -77,7 +74,7 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
   const bool draws_any = unit.draws_any();
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     Marks marks;
-    if (draws_any) std::fill_n(marks.measure, kChunkKeys, 0.0f);
+    for_each_bit(draws_any ? scan.chosen[c] : 0, [&](int g) { std::fill_n(marks.measure + g * kGroupKeys, kGroupKeys, 0.0f); });
     for (int h = 0; h < unit.queries.num; ++h) {
       if (unit.draws[h] > 0.0f) {
         mark_by_weight(unit, scan, c, h, scale, marks);
@@ -85,10 +82,9 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
         mark_by_bound(unit, scan, c, h, marks);
       }
     }
-    for (int g = 0; g < kChunkGroups; ++g) {
+    for_each_bit(scan.chosen[c], [&](int g) {
       const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
       const std::uint64_t visible = scan.visible(c, g);
-      if (visible == 0) continue;
       const float* measure = marks.measure + g * kGroupKeys;
       std::uint64_t sure = marks.any[g] & visible, drawn = 0;
       if (draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
@@ -102,7 +98,7 @@ std::int64_t refine(Unit& unit, const Task& task, float scale) {
         found.push_back({static_cast<std::int32_t>(first + i), kInfinity, stands_for / measure[i]});
       });
       num_drawn += __builtin_popcountll(drawn) + (is_drawn ? __builtin_popcountll(sure) : 0);
-    }
+    });
   }
   return num_drawn;
 }

@@ -191,9 +191,17 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
 bool is_settled(const Unit& unit, int h, float scale) {
   // A head that draws takes a key above its floor for certain, however good it is.
   const float limit = unit.best[h] + (unit.draws[h] > 0.0f ? kHigher / scale : 0.0f);
-  std::vector<float> tops;
-  read_tops(unit, h, tops);
-  return std::all_of(tops.begin(), tops.end(), [&](float top) { return top <= limit; });
+  for (const Scan& scan : unit.scans) {
+    const std::int16_t* tops = scan.tops + h * scan.tops_stride();
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+      if (scan.chosen[c] == 0) continue;
+      const int threshold = scan.threshold(c, h, limit);
+      for (std::int64_t b = c * kBlocksPerChunk; b < (c + 1) * kBlocksPerChunk; ++b) {
+        if (tops[b] > threshold) return false;
+      }
+    }
+  }
+  return true;
 }
 
 float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {
