@@ -98,31 +98,30 @@ void choose_groups(Unit& unit, const Task& task, const Budget& budget, float sca
   float at = phase(unit, ~scan.first_key(task.begin));
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
-    alignas(64) float chances[kChunkRuns] = {};
+    float chances[kChunkRuns] = {}, unused[kChunkRuns] = {};
+    std::uint64_t passed = ~chunk.full_runs;
     for (int h = 0; h < unit.queries.num; ++h) {
       const std::int16_t* levels = scan.levels + h * stride + c * kChunkRuns;
       // However far it lies from the mean, a key scores no more above it than this times the radius.
       float reach = scan.query.norm[h];
       if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
-      const float level_unit = scan.level_unit(c, h), least = unit.group_floor[h] - scan.query.base[h];
-      if (!(level_unit * scan.crests[h * scan.num_chunks + c] + reach * chunk.widest < least)) {
-        for (int r = 0; r < kChunkRuns; ++r) {
-          chances[r] += level_unit * levels[r] + reach * chunk.radii[r] < least ? 0.0f : 1.0f;
-        }
-      }
+      const Weigher bound{scan.query.base[h], scan.level_unit(c, h), -reach * chunk.radius_unit};
+      passed |= kernels().split(levels, chunk.radii, bound, unit.group_floor[h], chunk.full_runs, 0.0f, unused);
       if (unit.group_draws[h] == 0.0f) continue;
       kernels().split(levels, chunk.means.factors, scan.weigher(chunk.means, h, scale, unit.best[h]), kInfinity,
-                      ~std::uint64_t{0}, unit.group_draws[h], chances);
+                      chunk.full_runs, unit.group_draws[h], chances);
     }
     std::uint32_t chosen = scan.chosen[c];
     for (int g = 0; g < kChunkGroups; ++g) {
       if ((chosen >> g & 1u) != 0) continue;
-      const float chance = chances[kRunsPerGroup * g] + chances[kRunsPerGroup * g + 1];
-      if (chance < 1.0f) {
-        at += chance;
-        if (at < 1.0f) continue;
-        at -= 1.0f;
-        scan.stands_for[c * kChunkGroups + g] = 1.0f / chance;
+      if ((passed >> kRunsPerGroup * g & 3u) == 0) {
+        const float chance = chances[kRunsPerGroup * g] + chances[kRunsPerGroup * g + 1];
+        if (chance < 1.0f) {
+          at += chance;
+          if (at < 1.0f) continue;
+          at -= 1.0f;
+          scan.stands_for[c * kChunkGroups + g] = 1.0f / chance;
+        }
       }
       chosen |= 1u << g;
     }

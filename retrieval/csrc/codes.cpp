@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <map>
 #include <new>
 #include <stdexcept>
@@ -234,8 +233,6 @@ void LayerCodes::add_chunk(HeadCodes& head) {
     groups->factors = reinterpret_cast<std::int16_t*>(place + plane_total(groups->num_groups));
     place += bytes(groups->num_groups);
   }
-  std::fill_n(chunk.radii, kChunkRuns, std::numeric_limits<float>::infinity());  // until they are full
-  chunk.widest = std::numeric_limits<float>::infinity();
 }
 
 void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits) {
@@ -350,7 +347,7 @@ std::string LayerCodes::save() const {
         put(&groups->unit, sizeof(float));
       }
       put(chunk.radii, sizeof(chunk.radii));
-      put(&chunk.widest, sizeof(float));
+      put(&chunk.radius_unit, sizeof(float));
     }
   }
   return out;
@@ -400,7 +397,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
         take(&groups->unit, sizeof(float));
       }
       take(chunk.radii, sizeof(chunk.radii));
-      take(&chunk.widest, sizeof(float));
+      take(&chunk.radius_unit, sizeof(float));
+      const std::int64_t num_full = std::min<std::int64_t>(kChunkRuns, header[4] / kRunKeys - c * kChunkRuns);
+      chunk.full_runs = num_full <= 0 ? 0 : ~std::uint64_t{0} >> (kChunkRuns - num_full);
     }
   }
   if (at != size) throw std::invalid_argument("codes with bytes left over");

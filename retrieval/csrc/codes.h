@@ -60,8 +60,9 @@ struct CodeGroups {
 // 2048 keys of one head, and what each full run of 32 of them has in common (summary.h).
 struct CodeChunk {
   CodeGroups keys, means;         // of kChunkGroups groups, and of one: the means of the runs
-  float radii[kChunkRuns] = {};   // distance of the farthest key from its run's mean; infinite before it is full
-  float widest = 0.0f;            // of them
+  std::int16_t radii[kChunkRuns] = {};  // distance of the farthest key from its run's mean, in units of radius_unit
+  float radius_unit = 0.0f;
+  std::uint64_t full_runs = 0;    // bit r: run r is full, and its mean and radius are known
 };
 
 // Codes of one head; read under LayerCodes' lock.

@@ -40,6 +40,19 @@ void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys
   }
 }
 
+// Rounded up: a radius may be too large, not too small.
+void keep_radius(CodeChunk& chunk, int run, float radius) {
+  constexpr float kSteps = 32000.0f;
+  const auto steps = [](float value) { return static_cast<std::int16_t>(std::ceil(value)); };
+  if (radius > chunk.radius_unit * kSteps) {
+    const float larger = radius * 1.25f / kSteps;
+    for (int r = 0; r < run; ++r) chunk.radii[r] = steps(static_cast<float>(chunk.radii[r]) * chunk.radius_unit / larger);
+    chunk.radius_unit = larger;
+  }
+  chunk.radii[run] = chunk.radius_unit > 0.0f ? steps(radius / chunk.radius_unit) : std::int16_t{0};
+  chunk.full_runs |= std::uint64_t{1} << run;
+}
+
 }  // namespace
 
 void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits) {
@@ -63,8 +76,7 @@ void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits) {
     }
     farthest = std::max(farthest, squared);
   }
-  chunk.radii[at] = std::sqrt(farthest);
-  if (at == kChunkRuns - 1) chunk.widest = *std::max_element(chunk.radii, chunk.radii + kChunkRuns);
+  keep_radius(chunk, at, std::sqrt(farthest));
   head.scatter.resize(dims * dims);
   const float* one = keys + static_cast<std::size_t>(run % kRunKeys) * dims;  // any of them will do
   for (std::size_t a = 0; a < dims; ++a) {
