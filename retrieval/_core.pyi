@@ -109,12 +109,16 @@ class Budget:
         rest: float = 0.003,
         rest_keys: int = 1536,
         exact_keys: int = 4096,
+        reach: float = 6.0,
+        reach_keys: int = 16384,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
         max_keys: rescored at most, per KV head and sequence. rest: a head whose unretrieved keys weigh more than this
         share takes about `rest_keys` drawn by estimated weight instead (0: never). exact_keys: where a sequence
-        has fewer searched keys in all, they are attended exactly (with k = 0)."""
+        has fewer searched keys in all, they are attended exactly (with k = 0). reach: a run of 32 neighbours is not
+        scanned when no key that many deviations above the run's mean would become the best one (with k = 0; 0: all are
+        scanned). reach_keys: where a sequence has fewer searched keys in all, all are scanned."""
 
     @property
     def k(self) -> int: ...
@@ -132,6 +136,10 @@ class Budget:
     def rest_keys(self) -> int: ...
     @property
     def exact_keys(self) -> int: ...
+    @property
+    def reach(self) -> float: ...
+    @property
+    def reach_keys(self) -> int: ...
 
 class AttendStats:
     """Sums over sequences and query heads."""

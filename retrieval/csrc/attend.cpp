@@ -5,12 +5,14 @@
 #include <limits>
 #include <numeric>
 #include <set>
+#include <tuple>
 
 #include "arena.h"
 #include "candidates.h"
 #include "choose.h"
 #include "floor.h"
 #include "unit.h"
+#include "weigh.h"
 
 namespace retrieval {
 namespace {
@@ -42,14 +44,12 @@ class Job {
   void add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched);
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
-  void attend_exactly(const Task& task);
   void choose();
   void scan_chunks(const Task& task);
   void scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c);
   void gather(Unit& unit);
   void share_out(std::size_t at);
   void settle_floor(Unit& unit, int k);
-  void weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::int64_t& num_rows);
   template <typename Work>
   void for_units(Work work) {
     run(static_cast<std::int64_t>(units_.size()), [&](std::int64_t u) { work(units_[static_cast<std::size_t>(u)]); });
@@ -180,7 +180,10 @@ void Job::scan() {
   }
   const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
   run(num_exact + static_cast<std::int64_t>(scan_tasks_.size()), [&](std::int64_t i) {
-    if (i < num_exact) return attend_exactly(exact_tasks_[static_cast<std::size_t>(i)]);
+    if (i < num_exact) {
+      const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
+      return attend_exactly(units_[task.unit], task, scale_);
+    }
     const Task& task = scan_tasks_[static_cast<std::size_t>(i - num_exact)];
     Unit& unit = units_[task.unit];
     if (unit.will_choose) {
@@ -225,33 +228,6 @@ void Job::prepare(Unit& unit) {
   for (Scan& scan : unit.scans) {
     if (scan.num_chunks == 0) continue;
     scan.query = prepare_query(*scan.part->codes, unit.kv_head, unit.queries, budget_.deviations);
-  }
-}
-
-// Softmax as it goes: one tile of scores at a time, rescaled when the maximum rises.
-void Job::attend_exactly(const Task& task) {
-  Unit& unit = units_[task.unit];
-  const Part& part = *unit.exact[task.run];
-  Partial& partial = unit.partials[task.slot];
-  const Rows keys = part.key_rows(unit.kv_head), values = part.value_rows(unit.kv_head);
-  const Kernels& kernel = kernels();
-  float scores[kMaxGroup * kTileKeys];
-  for (std::int64_t first = task.begin; first < task.end; first += kTileKeys) {
-    const int count = static_cast<int>(std::min<std::int64_t>(kTileKeys, task.end - first));
-    kernel.score(unit.queries, keys, nullptr, first, count, scores, kTileKeys);
-    for (int h = 0; h < unit.queries.num; ++h) {
-      float* row = scores + h * kTileKeys;
-      const float top = std::max(partial.top[h], kernel.maximum(row, count));
-      if (top > partial.top[h]) {
-        const float factor = std::exp(scale_ * (partial.top[h] - top));
-        float* acc = partial.acc + h * unit.queries.head_dim;
-        for (int j = 0; j < unit.queries.head_dim; ++j) acc[j] *= factor;
-        partial.sum[h] *= factor;
-        partial.top[h] = top;
-      }
-      partial.sum[h] += kernel.exponentiate(row, count, scale_, top, -kInfinity);
-    }
-    kernel.accumulate(scores, kTileKeys, unit.queries.num, values, nullptr, first, count, partial.acc);
   }
 }
 
@@ -337,61 +313,15 @@ void Job::settle_floor(Unit& unit, int k) {
 
 void Job::weigh() {
   std::vector<std::int64_t> retrieved(score_tasks_.size()), rows(score_tasks_.size());
-  for_tasks(score_tasks_, [&](std::size_t i) { weigh_candidates(score_tasks_[i], retrieved[i], rows[i]); });
+  for_tasks(score_tasks_, [&](std::size_t i) {
+    const Task& task = score_tasks_[i];
+    std::tie(retrieved[i], rows[i]) = weigh_candidates(units_[task.unit], task, scale_, has_ranks_);
+  });
   for (std::size_t i = 0; i < score_tasks_.size(); ++i) {
     const Part& part = *units_[score_tasks_[i].unit].scans[score_tasks_[i].run].part;
     stats_.num_retrieved += retrieved[i];
     stats_.bytes_read += rows[i] * part.head_dim * element_bytes(part.dtype);
   }
-}
-
-void Job::weigh_candidates(const Task& task, std::int64_t& num_retrieved, std::int64_t& num_rows) {
-  Unit& unit = units_[task.unit];
-  Scan& scan = unit.scans[task.run];
-  Partial& partial = unit.partials[task.slot];
-  const Rows keys = scan.part->key_rows(unit.kv_head), values = scan.part->value_rows(unit.kv_head);
-  const std::int32_t* candidates = scan.positions.data() + task.begin;
-  float fresh[kMaxGroup * kTileKeys];
-  if (!has_ranks_) {
-    kernels().score(unit.queries, keys, candidates, 0, static_cast<int>(task.end - task.begin), fresh, kTileKeys);
-  }
-  const float* scores = has_ranks_ ? scan.scores + task.begin : fresh;
-  const std::size_t stride = has_ranks_ ? scan.positions.size() : static_cast<std::size_t>(kTileKeys);
-  float weights[kMaxGroup * kTileKeys];
-  float inverses[kTileKeys], floors[kMaxGroup];
-  std::int32_t positions[kTileKeys];
-  for (int h = 0; h < unit.queries.num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
-  // Keys that matter to any head, moved together.
-  int count = 0;
-  for (std::int64_t i = 0; i < task.end - task.begin; ++i) {
-    bool is_kept = false;
-    for (int h = 0; h < unit.queries.num; ++h) {
-      const float score = scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
-      const bool is_mine = score >= floors[h];
-      weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
-      is_kept |= is_mine;
-      num_retrieved += is_mine ? 1 : 0;
-    }
-    positions[count] = candidates[i];
-    inverses[count] = scan.inverses[static_cast<std::size_t>(task.begin + i)];
-    count += is_kept ? 1 : 0;
-  }
-  if (count == 0) return;
-  num_rows = count;
-  for (int h = 0; h < unit.queries.num; ++h) {
-    partial.top[h] = std::max(unit.best[h], kernels().maximum(weights + h * kTileKeys, count));
-    partial.sum[h] = kernels().exponentiate(weights + h * kTileKeys, count, scale_, partial.top[h],
-                                             std::numeric_limits<float>::lowest());
-    if (unit.draws[h] == 0.0f) continue;
-    // What was drawn stands for others too.
-    float sum = 0.0f;
-    for (int i = 0; i < count; ++i) {
-      weights[h * kTileKeys + i] *= inverses[i];
-      sum += weights[h * kTileKeys + i];
-    }
-    partial.sum[h] = sum;
-  }
-  kernels().accumulate(weights, kTileKeys, unit.queries.num, values, positions, 0, count, partial.acc);
 }
 
 void Job::merge(float* out, float* lse) const {

@@ -5,7 +5,8 @@
 // bound could matter are rescored exactly, and those that do matter enter the output. A head that looks so
 // widely that too much would be left out takes a sample instead: keys drawn in proportion to their estimated
 // weights, each with its exact weight over its chance (MagicPIG, arXiv 2410.16179, draws too, by hash
-// collisions; here the chances follow the codes). Everything is merged in float32.
+// collisions; here the chances follow the codes). Of a long context, runs of keys are left out by their means before
+// any key is looked at (choose.h). Everything is merged in float32.
 // The result depends neither on the number of threads nor on their timing.
 #pragma once
 
@@ -55,9 +56,9 @@ struct Budget {
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
   int rest_keys = 1536;     // keys such a head takes, about
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
-  float reach = 5.0f;       // a group of neighbours is ruled out when not even a key that many deviations above their
-                            // mean would matter; 0: no group is
-  int reach_keys = 16384;   // of fewer searched keys of a sequence in all, every group is scanned
+  float reach = 6.0f;       // a run of neighbours is left out when no key that many deviations above their mean would
+                            // become the best; 0: none is
+  int reach_keys = 16384;   // of fewer searched keys of a sequence in all, every one is scanned
 };
 
 // Sums over sequences and query heads.

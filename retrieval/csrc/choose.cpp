@@ -13,7 +13,6 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 static_assert(kRunsPerGroup == 2);
 constexpr std::int64_t kMeansAhead = 3;     // chunks
-constexpr float kHeavy = 0.01f;             // share of all weight that a key of a group left out must not have
 constexpr float kKeysPerGroup = 4.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
 
@@ -78,7 +77,8 @@ void choose_first(Unit& unit) {
 
 void set_group_floors(Unit& unit, float scale) {
   for (int h = 0; h < unit.queries.num; ++h) {
-    unit.group_floor[h] = unit.floor[h];
+    // A run is left out when none of its keys can become the best, or of a head that draws, weigh as much as the rest.
+    unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
     unit.group_draws[h] = 0.0f;
     if (unit.draws[h] == 0.0f) continue;
     float variance = 0.0f;
@@ -87,7 +87,7 @@ void set_group_floors(Unit& unit, float scale) {
       unit.group_floor[h] = -kInfinity;
       continue;
     }
-    unit.group_floor[h] = std::max(unit.floor[h], unit.best[h] + std::log(kHeavy * unit.total[h]) / scale);
+    unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
     unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kRunKeys * std::exp(0.5f * variance);
   }
 }

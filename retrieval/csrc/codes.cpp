@@ -4,14 +4,13 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <new>
 #include <stdexcept>
-#include <utility>
 
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "rotation.h"
 #include "summary.h"
 
 namespace retrieval {
@@ -22,14 +21,6 @@ constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
 constexpr float kGridStep[kMaxBits + 1] = {0.0f, 1.596f, 0.996f, 0.586f, 0.335f};
-
-// splitmix64: small, and the same everywhere.
-std::uint64_t next_random(std::uint64_t& state) {
-  std::uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return z ^ (z >> 31);
-}
 
 float dot(const float* a, const float* b, int n) {
   float sum = 0.0f;
@@ -45,84 +36,6 @@ bool read_key(const Rows& rows, std::int64_t position, float* out) {
   float magnitude = 0.0f;
   for (int j = 0; j < rows.head_dim; ++j) magnitude += std::fabs(out[j]);
   return std::isfinite(magnitude);
-}
-
-// In-place Walsh-Hadamard transform of n (a power of two) values, scaled to be orthogonal.
-void hadamard(float* x, int n) {
-  for (int width = 1; width < n; width *= 2) {
-    for (int block = 0; block < n; block += 2 * width) {
-      for (int i = block; i < block + width; ++i) {
-        const float a = x[i], b = x[i + width];
-        x[i] = a + b;
-        x[i + width] = a - b;
-      }
-    }
-  }
-  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
-  for (int i = 0; i < n; ++i) x[i] *= scale;
-}
-
-// A random orthogonal matrix R: sign flips and Hadamard transforms over the first and the last power of two.
-class Rotation {
- public:
-  Rotation(int head_dim, std::uint64_t seed) : head_dim_(head_dim), span_(1) {
-    while (span_ * 2 <= head_dim) span_ *= 2;
-    std::uint64_t state = seed;
-    signs_.resize(static_cast<std::size_t>(kRounds * head_dim));
-    for (float& sign : signs_) sign = next_random(state) >> 63 ? 1.0f : -1.0f;
-  }
-
-  void apply(float* vector) const {
-    for (int round = 0; round < kRounds; ++round) {
-      const float* signs = signs_.data() + round * head_dim_;
-      for (int j = 0; j < head_dim_; ++j) vector[j] *= signs[j];
-      hadamard(vector + (round % 2 == 0 ? 0 : head_dim_ - span_), span_);
-    }
-  }
-
-  // R times a matrix [head_dim][head_dim], or R itself for none.
-  void multiply(const float* matrix, float* out) const {
-    const auto d = static_cast<std::size_t>(head_dim_);
-    std::vector<float> column(d);
-    for (std::size_t j = 0; j < d; ++j) {
-      for (std::size_t i = 0; i < d; ++i) column[i] = matrix != nullptr ? matrix[i * d + j] : (i == j ? 1.0f : 0.0f);
-      apply(column.data());
-      for (std::size_t i = 0; i < d; ++i) out[i * d + j] = column[i];
-    }
-  }
-
- private:
-  static constexpr int kRounds = 4;
-  int head_dim_;
-  int span_;                  // largest power of two <= head_dim
-  std::vector<float> signs_;  // [kRounds][head_dim]
-};
-
-// The matrix R, one copy for as long as anybody holds it.
-std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uint64_t seed) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, std::uint64_t>, std::weak_ptr<const std::vector<float>>> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::weak_ptr<const std::vector<float>>& held = known[{head_dim, seed}];
-  std::shared_ptr<const std::vector<float>> matrix = held.lock();
-  if (!matrix) {
-    std::vector<float> made(static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(head_dim));
-    Rotation(head_dim, seed).multiply(nullptr, made.data());
-    held = matrix = std::make_shared<const std::vector<float>>(std::move(made));
-  }
-  return matrix;
-}
-
-// Whether a, b [d][d] satisfy a^T b = 1, so that <a x, b y> = <x, y>.
-bool are_dual(const float* a, const float* b, int d) {
-  for (int i = 0; i < d; ++i) {
-    for (int j = 0; j < d; ++j) {
-      float sum = i == j ? -1.0f : 0.0f;
-      for (int t = 0; t < d; ++t) sum += a[t * d + i] * b[t * d + j];
-      if (!(std::fabs(sum) < 1e-3f)) return false;
-    }
-  }
-  return true;
 }
 
 // out[i] = map * vectors[i], num <= kMaxGroup.
@@ -279,10 +192,11 @@ float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
 
 void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new) {
   for (std::int64_t i = 0; i < num_new; ++i) {
-    const auto slot = static_cast<int>((num_keys_ + i) % kChunkKeys);
-    if (slot == 0) add_chunk(head);
-    head.chunks.back().keys.put(slot, keys.codes.data() + i * head_dim_, keys.factors[static_cast<std::size_t>(i)],
-                                head_dim_, bits_);
+    const std::int64_t position = num_keys_ + i;
+    CodeChunk& chunk = head.chunks[static_cast<std::size_t>(position / kChunkKeys)];
+    chunk.keys.put(static_cast<int>(position % kChunkKeys), keys.codes.data() + i * head_dim_,
+                   keys.factors[static_cast<std::size_t>(i)], head_dim_, bits_);
+    if ((position + 1) % kRunKeys == 0) summarize(head, position / kRunKeys, head_dim_, bits_);
   }
 }
 
@@ -316,12 +230,10 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
   const std::unique_lock<std::shared_mutex> lock(mutex_);
   for (std::size_t h = 0; h < num_heads; ++h) {
     heads_[h].centroid = centroids[h];
-    splice(heads_[h], encoded[h], num_new);
+    while (static_cast<std::int64_t>(heads_[h].chunks.size()) * kChunkKeys < num_keys_ + num_new) add_chunk(heads_[h]);
   }
   pool.run(num_kv_heads_, [&](std::int64_t h) {
-    for (std::int64_t run = num_keys_ / kRunKeys; run < (num_keys_ + num_new) / kRunKeys; ++run) {
-      summarize(heads_[static_cast<std::size_t>(h)], run, head_dim_, bits_);
-    }
+    splice(heads_[static_cast<std::size_t>(h)], encoded[static_cast<std::size_t>(h)], num_new);
   });
   num_keys_ += num_new;
 }

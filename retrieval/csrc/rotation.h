@@ -1,0 +1,30 @@
+// The random rotation of keys before they are encoded, and of queries alike.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace retrieval {
+
+// A random orthogonal matrix R: sign flips and Hadamard transforms over the first and the last power of two.
+class Rotation {
+ public:
+  Rotation(int head_dim, std::uint64_t seed);
+  void apply(float* vector) const;
+  // R times a matrix [head_dim][head_dim], or R itself for none.
+  void multiply(const float* matrix, float* out) const;
+
+ private:
+  int head_dim_;
+  int span_;                  // largest power of two <= head_dim
+  std::vector<float> signs_;  // [rounds][head_dim]
+};
+
+// The matrix R, one copy for as long as anybody holds it.
+std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uint64_t seed);
+
+// Whether a, b [d][d] satisfy a^T b = 1, so that <a x, b y> = <x, y>.
+bool are_dual(const float* a, const float* b, int d);
+
+}  // namespace retrieval

@@ -1,0 +1,214 @@
+"""Runs of neighbours that the core leaves out by their means: what is left out must not matter. Seeds are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+_core = pytest.importorskip("retrieval._core")
+
+NUM_KEYS, HEAD_DIM, NUM_KV_HEADS, GROUP = 24_000, 64, 2, 2
+RUN_KEYS = 32
+SCALE = HEAD_DIM**-0.5
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _core.simd_level()
+    try:
+        _core.set_simd_level(request.param)
+    except ValueError:
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    _core.set_simd_level(before)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def topical(num_keys: int = NUM_KEYS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values `[kv_heads, num_keys, d]` of which each run of 32 shares a topic."""
+    topics = normal(NUM_KV_HEADS, num_keys // RUN_KEYS + 1, HEAD_DIM, seed=seed).repeat_interleave(RUN_KEYS, dim=1)
+    keys = (topics[:, :num_keys] + normal(NUM_KV_HEADS, num_keys, HEAD_DIM, seed=seed + 1)) / 2**0.5
+    return keys, normal(NUM_KV_HEADS, num_keys, HEAD_DIM, seed=seed + 2)
+
+
+def questions(keys: Tensor, num: int, sharpness: float, seed: int = 9) -> Tensor:
+    """Queries `[num, q_heads, d]`, each looking for one key."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, keys.shape[1], (NUM_KV_HEADS, num * GROUP), generator=generator)
+    rows = torch.stack([keys[h][targets[h]] for h in range(NUM_KV_HEADS)]) * sharpness
+    return rows.reshape(NUM_KV_HEADS, num, GROUP, HEAD_DIM).transpose(0, 1).reshape(num, -1, HEAD_DIM).contiguous()
+
+
+def codes_of(keys: Tensor, chunk: int = 5000) -> Any:
+    codes = _core.LayerCodes(keys.shape[0], keys.shape[2], 2, 0)
+    for start in range(0, keys.shape[1], chunk):
+        codes.append(keys[:, start : start + chunk].contiguous())
+    return codes
+
+
+def attend(queries: Tensor, parts: list[Any], **budget: float) -> tuple[Tensor, Tensor, list[Any]]:
+    """Each row of `queries` by itself, as a decode step does."""
+    out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:2])
+    stats = [
+        _core.attend_layer(queries[i : i + 1], [parts], SCALE, out[i : i + 1], lse[i : i + 1], _core.Budget(**budget))
+        for i in range(len(queries))
+    ]
+    return out, lse, stats
+
+
+def exact(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    grouped = queries.unflatten(1, (NUM_KV_HEADS, GROUP))
+    logits = SCALE * torch.einsum("nhgd,hkd->nhgk", grouped, keys)
+    out = torch.einsum("nhgk,hkd->nhgd", logits.softmax(dim=3), values)
+    return out.flatten(1, 2), logits.logsumexp(dim=3).flatten(1)
+
+
+def errors(out: Tensor, expected: Tensor) -> Tensor:
+    return (out - expected).norm(dim=2) / expected.norm(dim=2)
+
+
+def bytes_read(stats: list[Any]) -> int:
+    return sum(each.bytes_read for each in stats)
+
+
+def test_topics_that_are_not_asked_for_are_left_out(level: str) -> None:
+    keys, values = topical()
+    queries, part = questions(keys, 6, 4.0), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))
+    expected, expected_lse = exact(queries, keys, values)
+    out, lse, stats = attend(queries, [part])
+    _, _, everything = attend(queries, [part], reach=0)
+    assert errors(out, expected).max() < 0.02
+    assert (lse - expected_lse).abs().max() < 0.02
+    assert bytes_read(stats) < 0.65 * bytes_read(everything)
+
+
+def test_key_that_its_run_says_nothing_about_is_found() -> None:
+    """Every key for itself: a run's mean is noise, and the key asked for lies far from it."""
+    keys, values = normal(NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, seed=3), normal(NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, seed=4)
+    codes = codes_of(keys)
+    for sharpness in (2.0, 4.0, 8.0):
+        queries = questions(keys, 12, sharpness)
+        expected, _ = exact(queries, keys, values)
+        out, _, _ = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes)])
+        plain, _, _ = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes)], reach=0)
+        assert errors(out, expected).max() < errors(plain, expected).max() + 0.01
+
+
+def test_long_key_among_short_ones_is_found() -> None:
+    keys, values = topical()
+    place = 12_345
+    keys[:, place] = 12.0 * normal(HEAD_DIM, seed=5)
+    queries = (keys[0, place] / 12.0).expand(1, NUM_KV_HEADS * GROUP, HEAD_DIM).contiguous()
+    expected, _ = exact(queries, keys, values)
+    out, _, _ = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))])
+    assert errors(out, expected).max() < 1e-3
+
+
+def test_what_the_window_outweighs_is_hardly_looked_at() -> None:
+    keys, values = topical()
+    queries = questions(keys, 4, 1.0)
+    near = queries.unflatten(1, (NUM_KV_HEADS, GROUP)).mean(dim=2).transpose(0, 1) * 8.0  # [kv_heads, 4, d]
+    near_values = normal(NUM_KV_HEADS, 4, HEAD_DIM, seed=6)
+    parts = [_core.Part(near.contiguous(), near_values, 0, 4), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))]
+    expected, expected_lse = exact(queries, torch.cat((near, keys), dim=1), torch.cat((near_values, values), dim=1))
+    out, lse, stats = attend(queries, parts)
+    _, _, everything = attend(queries, parts, reach=0)
+    assert errors(out, expected).max() < 1e-3
+    assert torch.allclose(lse, expected_lse, atol=1e-3)
+    assert bytes_read(stats) < 0.4 * bytes_read(everything)
+
+
+def test_groups_that_are_drawn_stand_for_the_others() -> None:
+    """A head that looks at everything: over many steps the weight that draws stand for is that of all keys."""
+    keys, values = topical(60_000)
+    queries = questions(keys, 150, 0.8)
+    _, expected = exact(queries, keys, values)
+    part = _core.Part(keys, values, 0, 60_000, codes_of(keys))
+    _, lse, stats = attend(queries, [part], rest_keys=400)
+    _, _, everything = attend(queries, [part], rest_keys=400, reach=0)
+    assert all(each.num_drawn > 0 for each in stats)
+    assert bytes_read(stats) < 0.6 * bytes_read(everything)
+    ratios = (lse - expected).exp()
+    assert abs(ratios.mean() - 1) < 0.015
+    assert ratios.std() < 0.15
+
+
+@pytest.mark.parametrize("end", (16_384, 17_001, 23_999))
+def test_prefix_of_two_segments(end: int) -> None:
+    """A part that ends inside a run, behind one whose last run is not full."""
+    keys, values = topical()
+    queries = questions(keys[:, :end], 4, 4.0)
+    first = 9_050
+    parts = [
+        _core.Part(keys[:, :first].contiguous(), values[:, :first].contiguous(), 128, first, codes_of(keys[:, :first])),
+        _core.Part(
+            keys[:, first:].contiguous(), values[:, first:].contiguous(), 0, end - first, codes_of(keys[:, first:])
+        ),
+    ]
+    visible = slice(128, end)
+    expected, _ = exact(queries, keys[:, visible], values[:, visible])
+    out, _, _ = attend(queries, parts, reach_keys=1000)
+    plain, _, _ = attend(queries, parts, reach=0)
+    assert errors(out, expected).max() < errors(plain, expected).max() + 0.01
+
+
+def test_pieces_and_files_change_nothing() -> None:
+    keys, values = topical()
+    queries = questions(keys, 4, 4.0)
+    whole, pieces = codes_of(keys, NUM_KEYS), _core.LayerCodes(NUM_KV_HEADS, HEAD_DIM, 2, 0)
+    for start, end in ((0, 2048), (2048, 2051), (2051, 2079), (2079, 2080), (2080, 9999), (9999, NUM_KEYS)):
+        pieces.append(keys[:, start:end].contiguous())
+    assert pieces.save() == whole.save()
+    answers = []
+    for codes in (whole, pieces, _core.LayerCodes.load(whole.save())):
+        out, lse, stats = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes)])
+        answers.append((out, lse, bytes_read(stats)))
+    for out, lse, num_bytes in answers[1:]:
+        assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1]) and num_bytes == answers[0][2]
+
+
+def test_result_does_not_depend_on_threads() -> None:
+    keys, values = topical()
+    queries, part = questions(keys, 4, 1.5), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))
+    before, answers = _core.num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            _core.set_num_threads(count)
+            answers.append(attend(queries, [part])[:2])
+    finally:
+        _core.set_num_threads(before)
+    for out, lse in answers[1:]:
+        assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3, 4))
+def test_any_number_of_bits(bits: int) -> None:
+    keys, values = topical()
+    codes = _core.LayerCodes(NUM_KV_HEADS, HEAD_DIM, bits, 0)
+    codes.append(keys)
+    queries = questions(keys, 4, 4.0)
+    out, _, _ = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes)])
+    assert errors(out, exact(queries, keys, values)[0]).max() < 0.03
+
+
+def test_equal_keys_and_empty_queries() -> None:
+    keys, values = torch.ones(NUM_KV_HEADS, NUM_KEYS, HEAD_DIM), normal(NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, seed=7)
+    part = _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))
+    for queries in (torch.zeros(1, NUM_KV_HEADS * GROUP, HEAD_DIM), torch.ones(1, NUM_KV_HEADS * GROUP, HEAD_DIM)):
+        out, lse, _ = attend(queries, [part])
+        expected_lse = exact(queries, keys, values)[1]
+        assert torch.isfinite(out).all()
+        assert torch.allclose(lse, expected_lse, atol=0.05)
+
+
+def test_budget_refuses_a_negative_reach() -> None:
+    with pytest.raises(ValueError, match="budget"):
+        _core.Budget(reach=-1.0)
