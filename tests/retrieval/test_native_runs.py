@@ -141,7 +141,7 @@ def test_groups_that_are_drawn_stand_for_the_others() -> None:
     assert ratios.std() < 0.15
 
 
-@pytest.mark.parametrize("end", (16_384, 17_001, 23_999))
+@pytest.mark.parametrize("end", [16_384, 17_001, 23_999])
 def test_prefix_of_two_segments(end: int) -> None:
     """A part that ends inside a run, behind one whose last run is not full."""
     keys, values = topical()
@@ -172,7 +172,9 @@ def test_pieces_and_files_change_nothing() -> None:
         out, lse, stats = attend(queries, [_core.Part(keys, values, 0, NUM_KEYS, codes)])
         answers.append((out, lse, bytes_read(stats)))
     for out, lse, num_bytes in answers[1:]:
-        assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1]) and num_bytes == answers[0][2]
+        assert torch.equal(out, answers[0][0])
+        assert torch.equal(lse, answers[0][1])
+        assert num_bytes == answers[0][2]
 
 
 def test_result_does_not_depend_on_threads() -> None:
@@ -186,10 +188,11 @@ def test_result_does_not_depend_on_threads() -> None:
     finally:
         _core.set_num_threads(before)
     for out, lse in answers[1:]:
-        assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
+        assert torch.equal(out, answers[0][0])
+        assert torch.equal(lse, answers[0][1])
 
 
-@pytest.mark.parametrize("bits", (1, 2, 3, 4))
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_any_number_of_bits(bits: int) -> None:
     keys, values = topical()
     codes = _core.LayerCodes(NUM_KV_HEADS, HEAD_DIM, bits, 0)
