@@ -13,7 +13,7 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 static_assert(kRunsPerGroup == 2);
 constexpr std::int64_t kMeansAhead = 3;     // chunks
-constexpr float kKeysPerGroup = 4.0f;       // drawn from a drawn group, about
+constexpr float kKeysPerGroup = 3.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
 
 // Codes that will be scanned soon, on their way from memory.
@@ -52,7 +52,11 @@ void choose_first(Unit& unit) {
     std::fill_n(scan.chosen, scan.num_chunks, 0u);
     std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
   }
-  for_sample_groups(unit, [](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
+  const auto choose = [&](const Scan& scan, std::int64_t c, int g) {
+    scan.chosen[c] |= 1u << g;
+    fetch(scan.chunk(c).keys, g, unit.queries.head_dim, scan.part->codes->bits());
+  };
+  for_sample_groups(unit, choose);
   std::vector<Crest> crests;
   for (int h = 0; h < unit.queries.num; ++h) {
     crests.clear();
@@ -69,7 +73,7 @@ void choose_first(Unit& unit) {
       const std::int16_t* levels = scan->levels + (h * scan->num_chunks + c) * kChunkRuns;
       for (int r = 0; r < kChunkRuns; ++r) {
         const float each = scan->query.base[h] + scan->level_unit(c, h) * levels[r];
-        if (each >= crests[num - 1].level) scan->chosen[c] |= 1u << r / kRunsPerGroup;
+        if (each >= crests[num - 1].level) choose(*scan, c, r / kRunsPerGroup);
       }
     }
   }
@@ -106,10 +110,16 @@ void choose_groups(Unit& unit, const Task& task, const Budget& budget, float sca
       float reach = scan.query.norm[h];
       if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
       const Weigher bound{scan.query.base[h], scan.level_unit(c, h), -reach * chunk.radius_unit};
-      passed |= kernels().split(levels, chunk.radii, bound, unit.group_floor[h], chunk.full_runs, 0.0f, unused);
+      const float crest = scan.crests[h * scan.num_chunks + c];
+      if (!(bound.base + bound.slope * crest - bound.lift * kRadiusSteps < unit.group_floor[h])) {
+        passed |= kernels().split(levels, chunk.radii, bound, unit.group_floor[h], chunk.full_runs, 0.0f, unused);
+      }
       if (unit.group_draws[h] == 0.0f) continue;
+      float mine[kChunkRuns] = {};
       kernels().split(levels, chunk.means.factors, scan.weigher(chunk.means, h, scale, unit.best[h]), kInfinity,
-                      chunk.full_runs, unit.group_draws[h], chances);
+                      chunk.full_runs, unit.group_draws[h], mine);
+      // What is drawn for one head serves the others as well.
+      for (int r = 0; r < kChunkRuns; ++r) chances[r] = std::max(chances[r], mine[r]);
     }
     std::uint32_t chosen = scan.chosen[c];
     for (int g = 0; g < kChunkGroups; ++g) {

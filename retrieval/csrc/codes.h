@@ -28,6 +28,7 @@ inline constexpr int kChunkGroups = kScanGroups;
 inline constexpr int kChunkKeys = kChunkGroups * kGroupKeys;
 inline constexpr int kRunKeys = 32;  // neighbours whose mean is kept
 inline constexpr int kChunkRuns = kChunkKeys / kRunKeys;
+inline constexpr float kRadiusSteps = 32000.0f;  // of the largest radius of a run in a chunk
 inline constexpr int kMaxBits = 4;
 
 // Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kProbes = 16;                // keys rescored to find the threshold
 constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the drawn part may be off by
+constexpr float kHeavy = 0.02f;             // share of all weight
 constexpr float kHigher = 3.0f;             // nats that the best key of a head that draws may turn out higher
 constexpr float kLargestVariance = 4.0f;    // nats squared
 
@@ -183,7 +184,9 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   if (!(spacing > 0.0f)) return;
   unit.draws[h] = 1.0f / spacing;
   unit.total[h] = known + divide(kInfinity).second * std::exp(-0.5f * variance);
-  unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
+  // Nor is a key left to chance that could weigh much, were its estimate that far off.
+  const float heavy = std::log(kHeavy * unit.total[h]) - budget.deviations * std::sqrt(variance);
+  unit.floor[h] = unit.best[h] + std::min(std::log(spacing), heavy) / scale;
 }
 
 }  // namespace

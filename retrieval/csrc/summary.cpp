@@ -42,10 +42,9 @@ void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys
 
 // Rounded up: a radius may be too large, not too small.
 void keep_radius(CodeChunk& chunk, int run, float radius) {
-  constexpr float kSteps = 32000.0f;
   const auto steps = [](float value) { return static_cast<std::int16_t>(std::ceil(value)); };
-  if (radius > chunk.radius_unit * kSteps) {
-    const float larger = radius * 1.25f / kSteps;
+  if (radius > chunk.radius_unit * kRadiusSteps) {
+    const float larger = radius * 1.25f / kRadiusSteps;
     for (int r = 0; r < run; ++r) chunk.radii[r] = steps(static_cast<float>(chunk.radii[r]) * chunk.radius_unit / larger);
     chunk.radius_unit = larger;
   }
