@@ -239,9 +239,8 @@ void Job::scan_chunks(const Task& task) {
 void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c) {
   if (scan.chosen[c] == 0) return;
   const CodeGroups& keys = scan.chunk(c).keys;
-  const std::int64_t plane_stride = std::int64_t{kChunkGroups} * plane_bytes(unit.queries.head_dim);
   kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim, scan.query.shift,
-                 reinterpret_cast<const std::uint8_t*>(keys.planes), scan.part->codes->bits(), plane_stride,
+                 reinterpret_cast<const std::uint8_t*>(keys.planes), scan.part->codes->bits(),
                  scan.chosen[c], keys.factors, scan.bounds + c * kChunkKeys, scan.stride(),
                  scan.tops + c * kBlocksPerChunk, scan.tops_stride());
 }

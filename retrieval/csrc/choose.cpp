@@ -18,10 +18,8 @@ constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ mo
 
 // Codes that will be scanned soon, on their way from memory.
 void fetch(const CodeGroups& groups, int g, int head_dim, int bits) {
-  for (int p = 0; p < bits; ++p) {
-    const std::byte* plane = groups.planes + (p * groups.num_groups + g) * plane_bytes(head_dim);
-    for (int at = 0; at < plane_bytes(head_dim); at += 64) __builtin_prefetch(plane + at, 0, 2);
-  }
+  const int size = bits * plane_bytes(head_dim);
+  for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.planes + g * size + at, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);
 }
@@ -36,8 +34,8 @@ void score_means(Unit& unit, const Task& task) {
     if (c + kMeansAhead < scan.num_chunks) fetch(scan.chunk(c + kMeansAhead).means, 0, head_dim, scan.part->codes->bits());
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, head_dim, scan.query.shift,
-                   reinterpret_cast<const std::uint8_t*>(means.planes), scan.part->codes->bits(), plane_bytes(head_dim),
-                   1u, means.factors, scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
+                   reinterpret_cast<const std::uint8_t*>(means.planes), scan.part->codes->bits(), 1u, means.factors,
+                   scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) scan.crests[h * scan.num_chunks + c] = tops[h * kBlocksPerChunk];
   }
 }

@@ -151,7 +151,7 @@ void LayerCodes::add_chunk(HeadCodes& head) {
 void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits) {
   for (int p = 0; p < bits; ++p) {
     auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
-                  (p * num_groups + slot / kGroupKeys) * plane_bytes(head_dim) + slot % kGroupKeys;
+                  (slot / kGroupKeys * bits + p) * plane_bytes(head_dim) + slot % kGroupKeys;
     const int shift = bits - 1 - p;
     for (int s = 0; s < head_dim / 8; ++s) {
       unsigned packed = 0;

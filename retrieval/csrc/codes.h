@@ -49,7 +49,7 @@ class Pages {
 
 // Codes of some groups of keys: what scan reads.
 struct CodeGroups {
-  std::byte* planes = nullptr;        // [bits][num_groups][plane_bytes]
+  std::byte* planes = nullptr;        // [num_groups][bits][plane_bytes]
   std::int16_t* factors = nullptr;    // [num_groups * kGroupKeys], f in units of unit / 2^15
   float unit = 0.0f;                  // above every f in here
   int num_groups = 0;

@@ -62,15 +62,14 @@ struct Kernels {
   // values[i] = exp(scale * (values[i] - top)), or 0 where values[i] < floor; returns the sum.
   float (*exponentiate)(float* values, int n, float scale, float top, float floor);
 
-  // For each query h and each key of the groups whose bit is set in `wanted`, at most 32, with sum = sum over planes p (most significant first)
-  // of 2^(num_planes - 1 - p) * table sum: bounds[h * stride + i] = ((sum + offsets[h]) << shift) * factors[i],
-  // rounded to the upper 16 of 31 bits. tables: [num][head_dim / 4][16], entries <= kTableLevels; planes of
-  // consecutive groups one after the other, plane after plane every plane_stride bytes; factors: [32 * 64];
-  // tops[h * tops_stride + b]: the largest bound of 8 groups, -32768 if none of them is wanted.
+  // For each query h and each key of the groups whose bit is set in `wanted`, at most 32, with sum = sum over planes
+  // p (most significant first) of 2^(num_planes - 1 - p) * table sum: bounds[h * stride + i] = ((sum + offsets[h]) <<
+  // shift) * factors[i], rounded to the upper 16 of 31 bits. tables: [num][head_dim / 4][16], entries <= kTableLevels;
+  // the planes of a group one after the other, and group after group; factors: [32 * 64]; tops[h * tops_stride + b]:
+  // the largest bound of 8 groups, -32768 if none of them is wanted.
   void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int head_dim, int shift,
-               const std::uint8_t* planes, int num_planes, std::int64_t plane_stride, std::uint32_t wanted,
-               const std::int16_t* factors, std::int16_t* bounds, std::int64_t stride, std::int16_t* tops,
-               std::int64_t tops_stride);
+               const std::uint8_t* planes, int num_planes, std::uint32_t wanted, const std::int16_t* factors,
+               std::int16_t* bounds, std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
 
   // Of 64 keys, those in `visible` whose weight has a logarithm of at least floor; of the others in `visible`,
   // `inverse` times the weight is added to measure[i]. The weights are good to a thousandth.

@@ -31,7 +31,7 @@ void decode(const CodeChunk& chunk, int run, int head_dim, int bits, float* keys
     for (int s = 0; s < head_dim / kPiece; ++s) {
       std::uint64_t word = 0;
       for (int p = 0; p < bits; ++p) {
-        word = 2 * word + spread[planes[(p * kChunkGroups + g) * plane_bytes(head_dim) + s * kGroupKeys + first + i]];
+        word = 2 * word + spread[planes[(g * bits + p) * plane_bytes(head_dim) + s * kGroupKeys + first + i]];
       }
       std::memcpy(levels + s * kPiece, &word, kPiece);
     }
