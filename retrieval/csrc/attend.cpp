@@ -156,7 +156,7 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     const auto& sequence = parts[static_cast<std::size_t>(seq)];
     std::int64_t num_coded = 0;
     for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-    const bool will_choose = budget_.reach > 0.0f && !has_ranks_ && num_coded >= budget_.reach_keys;
+    const bool will_choose = budget_.reach > 0.0f && !has_ranks_ && num_coded * group * queries_.head_dim >= budget_.reach_products;
     const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);

@@ -58,7 +58,8 @@ struct Budget {
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
   float reach = 6.0f;       // a run of neighbours is left out when no key that many deviations above their mean would
                             // become the best; 0: none is
-  int reach_keys = 16384;   // of fewer searched keys of a sequence in all, every one is scanned
+  std::int64_t reach_products = std::int64_t{1} << 25;  // a search of fewer products of coordinates, of a KV head and
+                            // sequence, scans everything, which is faster then
 };
 
 // Sums over sequences and query heads.
