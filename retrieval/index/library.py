@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval.index.base import KeyIndex, append_keys, check_search
+from retrieval.index.base import IndexInputError, KeyIndex, append_keys, check_search
 from retrieval.index.flat import empty_result, exact_search
 from retrieval.index.index_file import read_index_file, write_index_file
 from retrieval.index.lock import SharedLock
@@ -101,7 +101,10 @@ class LibraryIndex(KeyIndex):
     def load(cls, path: Path, keys: Tensor) -> Self:
         """See `KeyIndex.load`."""
         options, payload = read_index_file(path, cls.kind, keys)
-        index = cls(keys[:0], keys[:0], **options)
+        try:
+            index = cls(keys[:0], keys[:0], **options)
+        except TypeError as error:
+            raise IndexInputError(f"{path} was written with other options: {error}") from error
         index._keys = keys
         index._structure = index._restore(payload) if payload else None
         return index
