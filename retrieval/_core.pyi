@@ -58,13 +58,13 @@ class Graph:
 
     def __init__(
         self,
-        degree: int = 48,
+        degree: int = 16,
+        num_linked: int = 100,
         num_pivots: int = 16,
-        extra_degree: int = 8,
+        extra_degree: int = 16,
         link_width: int = 32,
         num_voters: int = 64,
         start_share: int = 64,
-        min_calls: int = 2,
     ) -> None: ...
     def build(self, keys: Tensor, queries: Tensor, lists: Tensor) -> None:
         """keys `[num_keys, head_dim]` bf16, fp16 or fp32; queries float32 `[num_lists, head_dim]`; lists int32
@@ -91,9 +91,17 @@ class Graph:
     def num_keys(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
-    def save(self) -> tuple[bytes, bytes, bytes, bytes, bytes]: ...
+    def save(self) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]: ...
     def restore(
-        self, edges: bytes, samples: bytes, lists: bytes, groups: bytes, metric: bytes, num_keys: int, head_dim: int
+        self,
+        edges: bytes,
+        samples: bytes,
+        lists: bytes,
+        groups: bytes,
+        metric: bytes,
+        norms: bytes,
+        num_keys: int,
+        head_dim: int,
     ) -> None: ...
 
 class Budget:

@@ -415,13 +415,13 @@ NB_MODULE(_core, m) {
       .def_static("load", [](const nb::bytes& data) { return LayerCodes::load(data.c_str(), data.size()); }, "data"_a);
 
   nb::class_<Graph>(m, "Graph")
-      .def("__init__", [](Graph* self, int degree, int num_pivots, int extra_degree, int link_width, int num_voters,
-                          int start_share, int min_calls) {
-        new (self) Graph({degree, num_pivots, extra_degree, link_width, num_voters, start_share, min_calls});
-      }, "degree"_a = GraphOptions{}.degree, "num_pivots"_a = GraphOptions{}.num_pivots,
-         "extra_degree"_a = GraphOptions{}.extra_degree, "link_width"_a = GraphOptions{}.link_width,
-         "num_voters"_a = GraphOptions{}.num_voters, "start_share"_a = GraphOptions{}.start_share,
-         "min_calls"_a = GraphOptions{}.min_calls)
+      .def("__init__", [](Graph* self, int degree, int num_linked, int num_pivots, int extra_degree, int link_width,
+                          int num_voters, int start_share) {
+        new (self) Graph({degree, num_linked, num_pivots, extra_degree, link_width, num_voters, start_share});
+      }, "degree"_a = GraphOptions{}.degree, "num_linked"_a = GraphOptions{}.num_linked,
+         "num_pivots"_a = GraphOptions{}.num_pivots, "extra_degree"_a = GraphOptions{}.extra_degree,
+         "link_width"_a = GraphOptions{}.link_width, "num_voters"_a = GraphOptions{}.num_voters,
+         "start_share"_a = GraphOptions{}.start_share)
       .def("build", &build_graph, "keys"_a.noconvert(), "queries"_a.noconvert(), "lists"_a.noconvert())
       .def("insert", &insert_into_graph, "keys"_a.noconvert())
       .def("search", &search_graph, "keys"_a.noconvert(), "queries"_a.noconvert(), "width"_a, "limit"_a,
@@ -431,13 +431,14 @@ NB_MODULE(_core, m) {
       .def("save", [](const Graph& graph) {
         const Graph::State& state = graph.state();
         return nb::make_tuple(as_bytes(state.edges), as_bytes(state.samples), as_bytes(state.lists),
-                              as_bytes(state.groups), as_bytes(state.metric));
+                              as_bytes(state.groups), as_bytes(state.metric), as_bytes(state.norms));
       })
       .def("restore", [](Graph& graph, const nb::bytes& edges, const nb::bytes& samples, const nb::bytes& lists,
-                         const nb::bytes& groups, const nb::bytes& metric, std::int64_t num_keys, int head_dim) {
+                         const nb::bytes& groups, const nb::bytes& metric, const nb::bytes& norms,
+                         std::int64_t num_keys, int head_dim) {
         graph.restore({from_bytes<std::int32_t>(edges), from_bytes<float>(samples), from_bytes<std::int32_t>(lists),
-                       from_bytes<std::int32_t>(groups), from_bytes<float>(metric)}, num_keys, head_dim);
-      }, "edges"_a, "samples"_a, "lists"_a, "groups"_a, "metric"_a, "num_keys"_a, "head_dim"_a);
+                       from_bytes<std::int32_t>(groups), from_bytes<float>(metric), from_bytes<float>(norms)}, num_keys, head_dim);
+      }, "edges"_a, "samples"_a, "lists"_a, "groups"_a, "metric"_a, "norms"_a, "num_keys"_a, "head_dim"_a);
 
   nb::class_<Budget>(m, "Budget")
       .def("__init__", [](Budget* self, int k, float beta, float deviations, int min_keys, int max_keys,

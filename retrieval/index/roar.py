@@ -19,17 +19,21 @@ from retrieval.index.base import AttendStats, attend_positions, check_vectors
 from retrieval.index.flat import empty_result
 from retrieval.index.library import Floats, LibraryIndex
 
-GRAPH_OPTIONS = ("degree", "num_pivots", "extra_degree", "link_width", "num_voters", "start_share", "min_calls")
+GRAPH_OPTIONS = ("degree", "num_linked", "num_pivots", "extra_degree", "link_width", "num_voters", "start_share")
 WIDTHS = (100, 125, 150, 175, 200, 250, 300, 350, 400, 500, 600)
 NUM_CHECKS = 64  # sampled queries kept out of the graph to find that width
 CHECKED = 100  # best keys that those must find
 WANTED_RECALL = 0.98  # share of them found; the end of a prompt asks a little otherwise than the rest did
 QUERY_BLOCK = 64  # queries whose full rows of scores are held at a time
-RUN = 64  # keys whose best score stands for them
+RUN = 32  # keys whose best score stands for them
 
 
 class RoarIndex(LibraryIndex):
-    """Query-to-key lists projected to key-to-key edges; the lists stay as entry points."""
+    """Query-to-key lists projected to key-to-key edges; the lists stay and vote for where a search begins.
+
+    A new query is made up of the sampled queries most like it, by ridge regression, and so are its scores: a key's
+    votes are what those queries' lists say about it, weighted so. Best-first search then follows the edges.
+    """
 
     kind = "roar"
 
@@ -37,23 +41,24 @@ class RoarIndex(LibraryIndex):
         self,
         keys: Tensor,
         queries: Tensor,
-        list_size: int = 100,
+        list_size: int = 512,
         max_queries: int = 8192,
         ef_search: int | None = None,
         max_share: float = 0.03,
-        degree: int = 48,
+        degree: int = 16,
+        num_linked: int = 100,
         num_pivots: int = 16,
-        extra_degree: int = 8,
+        extra_degree: int = 16,
         link_width: int = 32,
         num_voters: int = 64,
         start_share: int = 64,
-        min_calls: int = 2,
     ) -> None:
         """queries `[num_queries, head_dim]` sampled during prefill, at most `max_queries` used, evenly spaced.
 
-        list_size: exact neighbours per query. ef_search: keys in view while searching; if not given, as many as some
-        of the sampled queries, kept out of the graph, need for their best 100, as long as no more than `max_share` of
-        the keys are scored. The others: csrc/graph.h.
+        list_size: exact neighbours per query that vote for where a search begins; the first `num_linked` become
+        edges. ef_search: keys in view while searching; if not given, as many as some of the sampled queries, kept out
+        of the graph, need for their best 100, as long as no more than `max_share` of the keys are scored. The others:
+        csrc/graph.h.
         """
         check_vectors("queries", queries, int(keys.shape[1]) if keys.ndim == 2 else None)
         self._queries = queries[:: max(1, -(-len(queries) // max_queries))]
@@ -62,8 +67,8 @@ class RoarIndex(LibraryIndex):
         self._last_hits: list[list[int]] = []  # of the latest `attend`, per row
         super().__init__(
             keys, queries, list_size=list_size, max_queries=max_queries, ef_search=ef_search, max_share=max_share,
-            degree=degree, num_pivots=num_pivots, extra_degree=extra_degree, link_width=link_width,
-            num_voters=num_voters, start_share=start_share, min_calls=min_calls,
+            degree=degree, num_linked=num_linked, num_pivots=num_pivots, extra_degree=extra_degree,
+            link_width=link_width, num_voters=num_voters, start_share=start_share,
         )  # fmt: skip
 
     def _graph(self) -> Any:

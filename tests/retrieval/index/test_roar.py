@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrieval.index import build
+from retrieval.index import IndexInputError, build, kind_class
+from retrieval.index.index_file import write_index_file
 
 _core = pytest.importorskip("retrieval._core", reason="needs the C++ core")
 from retrieval.index.roar import WIDTHS, exact_lists  # noqa: E402
@@ -38,7 +39,44 @@ def test_queries_like_those_of_the_build_find_what_flat_finds() -> None:
     found, _ = index.search(queries[:100], 100)
     expected, _ = build("flat", keys, queries[:0]).search(queries[:100], 100)
     assert recall(found, expected) >= 0.95
-    assert index.count_scored(1, 100, NUM_KEYS) < 0.25 * NUM_KEYS
+    assert index.count_scored(1, 100, NUM_KEYS) < 0.1 * NUM_KEYS
+
+
+def test_inserted_keys_are_found() -> None:
+    keys, queries = keys_and_queries(2100)
+    index = build("roar", keys[: NUM_KEYS // 2], queries[100:])
+    for part in keys[NUM_KEYS // 2 :].split(3000):
+        index.insert(part)
+    found, _ = index.search(queries[:100], 100)
+    expected, _ = build("flat", keys, queries[:0]).search(queries[:100], 100)
+    assert recall(found, expected) >= 0.95
+    is_inserted = expected >= NUM_KEYS // 2
+    assert recall(found, expected.masked_fill(~is_inserted, -2)) >= 0.95 * float(is_inserted.float().mean())
+
+
+def test_edges_lead_to_the_keys_that_queries_score_most_alike() -> None:
+    keys, queries = keys_and_queries(500)
+    graph = _core.Graph(degree=8, extra_degree=0)
+    lists = exact_lists(keys.float(), queries, 50).int()
+    graph.build(keys, queries.float(), lists)
+    edges = torch.frombuffer(bytearray(graph.save()[0]), dtype=torch.int32).reshape(NUM_KEYS, 8).long()
+    sample = torch.arange(0, NUM_KEYS, 100)
+    scores = keys.float() @ queries.float().T
+    scores -= scores.mean(dim=0)  # a constant tells no keys apart
+    apart = torch.cdist(scores[sample], scores)
+    apart[torch.arange(len(sample)), sample] = torch.inf
+    nearest = apart.topk(8, largest=False).indices
+    assert recall(edges[sample], nearest) >= 0.8
+    assert not bool((edges[sample] == sample[:, None]).any())
+
+
+def test_thousands_of_equal_keys_are_no_more_work_than_others() -> None:
+    keys, queries = keys_and_queries(200)
+    keys[1:] = keys[0]
+    index: Any = build("roar", keys, queries)
+    positions, scores = index.search(queries[:3], 10)
+    assert all(len(set(row.tolist())) == 10 for row in positions)
+    assert torch.allclose(scores, (queries[:3].float() @ keys[0].float())[:, None].expand(3, 10), rtol=1e-3)
 
 
 def test_the_graph_is_the_same_for_any_number_of_threads() -> None:
@@ -88,6 +126,13 @@ def test_a_saved_graph_searches_as_before(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
+def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
+    keys, _ = keys_and_queries(1)
+    write_index_file(tmp_path / "index", "roar", keys, {"min_calls": 2}, b"payload")
+    with pytest.raises(IndexInputError, match="other options"):
+        kind_class("roar").load(tmp_path / "index", keys)
+
+
 def test_the_next_step_begins_with_the_last_steps_hits() -> None:
     keys, queries = keys_and_queries(4)
     sought = (keys.float() @ queries[:1].float().T)[:, 0].argmin()  # what no search would come by
@@ -107,7 +152,7 @@ def test_impossible_graphs_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match="positions"):
         graph.build(keys, queries.float(), torch.full((4, 2), NUM_KEYS, dtype=torch.int32))
     with pytest.raises(ValueError, match="not a graph"):
-        graph.restore(b"\0" * 12, b"", b"", b"", b"", 5, HEAD_DIM)
+        graph.restore(b"\0" * 12, b"", b"", b"", b"", b"", 5, HEAD_DIM)
     with pytest.raises(ValueError, match="out of range"):
         _core.Graph(degree=0)
     with pytest.raises(TypeError):
