@@ -24,6 +24,7 @@ WIDTHS = (100, 125, 150, 175, 200, 250, 300, 350, 400, 500, 600)
 NUM_CHECKS = 64  # sampled queries kept out of the graph to find that width
 CHECKED = 100  # best keys that those must find
 WANTED_RECALL = 0.98  # share of them found; the end of a prompt asks a little otherwise than the rest did
+LISTED_PER_KEY = 64  # entries of lists: short contexts need fewer and shorter ones, and the bytes follow
 QUERY_BLOCK = 64  # queries whose full rows of scores are held at a time
 RUN = 32  # keys whose best score stands for them
 
@@ -77,11 +78,13 @@ class RoarIndex(LibraryIndex):
     def _create(self, vectors: Floats) -> Any:
         graph, keys = self._graph(), self._keys.contiguous()
         queries = self._queries if len(self._queries) else keys[:: max(1, len(keys) // 1024)]
-        lists = exact_lists(torch.from_numpy(vectors), queries, max(self._options["list_size"], CHECKED))
+        list_size, stride = fit_lists(len(queries), self._options["list_size"], len(keys))
+        queries = queries[::stride]
+        lists = exact_lists(torch.from_numpy(vectors), queries, max(list_size, CHECKED))
         is_check = torch.zeros(len(queries), dtype=torch.bool)
         if self._options["ef_search"] is None and len(queries) >= 8 * NUM_CHECKS:
             is_check[:: len(queries) // NUM_CHECKS] = True
-        used = lists[~is_check, : self._options["list_size"]]
+        used = lists[~is_check, :list_size]
         graph.build(keys, queries[~is_check].float().contiguous(), used.int().contiguous())
         if is_check.any():
             self._width = self._find_width(graph, queries[is_check].float().contiguous(), lists[is_check, :CHECKED])
@@ -151,6 +154,13 @@ class RoarIndex(LibraryIndex):
         graph = self._graph()
         graph.restore(*(payload[a:b] for a, b in pairwise(bounds)), header["num_keys"], self.head_dim)
         return graph
+
+
+def fit_lists(num_queries: int, list_size: int, num_keys: int) -> tuple[int, int]:
+    """How long lists may be over so few keys, and which queries get one (every so manieth): `LISTED_PER_KEY`."""
+    room = LISTED_PER_KEY * num_keys
+    list_size = min(list_size, max(CHECKED, room // max(1, num_queries)))
+    return list_size, max(1, -(-num_queries * list_size // room))
 
 
 def exact_lists(keys: Tensor, queries: Tensor, list_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from retrieval.index import IndexInputError, build, kind_class
 from retrieval.index.index_file import write_index_file
 
 _core = pytest.importorskip("retrieval._core", reason="needs the C++ core")
-from retrieval.index.roar import WIDTHS, exact_lists  # noqa: E402
+from retrieval.index.roar import LISTED_PER_KEY, WIDTHS, exact_lists, fit_lists  # noqa: E402
 
 NUM_KEYS, HEAD_DIM = 20_000, 64
 
@@ -105,6 +105,16 @@ def test_lists_are_the_exact_best_keys() -> None:
     for count in (1, 99, 5000, NUM_KEYS - 7):
         expected, _ = build("flat", keys[:count], queries[:0]).search(queries, 20)
         assert torch.equal(exact_lists(keys[:count].float(), queries, 20), expected)
+
+
+def test_lists_take_no_more_room_than_the_keys_warrant() -> None:
+    for num_queries, num_keys in ((8192, 131_072), (8192, 30_000), (8192, 1024), (10, 1024), (0, 1024)):
+        list_size, stride = fit_lists(num_queries, 512, num_keys)
+        assert 100 <= list_size <= 512
+        assert len(range(0, num_queries, stride)) * list_size <= (LISTED_PER_KEY + 1) * num_keys
+    assert fit_lists(8192, 512, 131_072) == (512, 1)
+    keys, queries = keys_and_queries(8192)
+    assert build("roar", keys[:2000], queries).nbytes < 1000 * 2000
 
 
 def test_the_width_of_a_search_follows_from_queries_kept_out_of_the_graph() -> None:
