@@ -6,6 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 build=${1:-build/sanitize}
 [ $# -gt 0 ] && shift
+[ $# -gt 0 ] || set -- tests/retrieval/test_native.py tests/retrieval/test_native_runs.py
 python=${PYTHON:-python}
 
 "$python" -m cmake --version >/dev/null 2>&1 && cmake="$python -m cmake" || cmake=cmake
@@ -16,7 +17,7 @@ $cmake --build "$build" --parallel
 # Python itself leaks by design; torch brings its own allocator. What matters is the core's own reads and writes.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    "$python" - "$build" "${@:-tests/retrieval/test_native.py}" <<'PYTHON'
+    "$python" - "$build" "$@" <<'PYTHON'
 import importlib.util
 import sys
 from pathlib import Path
