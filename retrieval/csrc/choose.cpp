@@ -2,16 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
-#include <utility>
 #include <vector>
 
 namespace retrieval {
 namespace {
 
 constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
-constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 static_assert(kRunsPerGroup == 2);
+constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kMeansAhead = 3;     // chunks
 constexpr float kKeysPerGroup = 3.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
