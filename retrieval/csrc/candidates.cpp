@@ -33,12 +33,19 @@ void mark_by_bound(const Unit& unit, const Scan& scan, std::int64_t c, int h, Ma
 void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale, Marks& marks) {
   const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
   const CodeGroups& keys = scan.chunk(c).keys;
+  const std::int16_t* tops = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
+  const int heavy = scan.threshold(c, h, unit.heavy[h]);
   const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
   const Weigher weigher = scan.weigher(keys, h, scale, unit.best[h]);
   for_each_bit(scan.chosen[c], [&](int g) {
     const int slot = g * kGroupKeys;
     marks.masks[h][g] = kernels().split(bounds + slot, keys.factors + slot, weigher, floor, scan.visible(c, g),
                                         unit.draws[h] * scan.weight_of(c, g), marks.measure + slot);
+    if (tops[g / kBlockGroups] >= heavy) {
+      std::uint64_t mask;
+      kernels().select(bounds + slot, 1, static_cast<std::int16_t>(heavy), &mask);
+      marks.masks[h][g] |= mask;
+    }
     marks.any[g] |= marks.masks[h][g];
   });
 }

@@ -66,8 +66,9 @@ float probe_bound(const Unit& unit, int h, std::vector<float> tops, std::size_t 
   return -kInfinity;
 }
 
-// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many.
-std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
+// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
+// most `rest`.
+std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
   struct Probe {
     float bound;
     std::uint32_t scan;
@@ -104,6 +105,7 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
     std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
                      [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
   }
+  rest = kept < probes.size() ? probes[kept].bound : reached;
   const Queries query{unit.queries.values + h * unit.queries.head_dim,
                       unit.queries.bf16 != nullptr ? unit.queries.bf16 + h * unit.queries.head_dim : nullptr, 1,
                       unit.queries.head_dim};
@@ -125,8 +127,9 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted) {
 // Groups taken at even distances tell how many keys pass the floor and what those below weigh. Too many, or
 // too much: the head looks widely. It then takes about rest_keys keys, each with a chance in proportion to its
 // weight, and those for certain whose chance would be 1 (sampling in proportion to size; Hajek 1964).
-// known: weight of the keys seen so far, relative to the best one.
-void look_around(Unit& unit, int h, float known, const Budget& budget, float scale) {
+// known: weight of the keys seen so far, relative to the best one; those of the search have bounds above `rest`, and no
+// key that happens to be in the sample shall count for many of them.
+void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
   std::vector<float> weights;
   float variance = 0.0f;  // of an estimated logit, in nats squared
   std::int64_t num_visible = 0, num_sampled = 0;
@@ -135,11 +138,15 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
     const std::int64_t slot = std::int64_t{g} * kGroupKeys;
+    const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys + slot;
+    const int seen_from = scan.threshold(c, h, rest) + 2;  // above the floor of what the threshold rounds down
+    std::uint64_t seen = 0;
+    if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
     const std::uint64_t visible = scan.visible(c, g);
     weights.resize(weights.size() + kGroupKeys, 0.0f);
     const std::int16_t* factors = scan.chunk(c).keys.factors + slot;
-    kernels().split(scan.bounds + h * scan.stride() + c * kChunkKeys + slot, factors,
-                    scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]), kInfinity, visible, 1.0f, &weights[weights.size() - kGroupKeys]);
+    kernels().split(bounds, factors, scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]), kInfinity,
+                    visible & ~seen, 1.0f, &weights[weights.size() - kGroupKeys]);
     num_sampled += __builtin_popcountll(visible);
     float squares = 0.0f;  // of some of them
     for (int i = 0; i < kGroupKeys; i += kEvery) squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
@@ -174,8 +181,8 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   if (count <= wanted && below <= budget.rest * (known + below)) return;
   float spacing = divide(kInfinity).second / wanted;
   for (int turn = 0; turn < 3; ++turn) {
-    const auto [above, rest] = divide(spacing);
-    spacing = rest / std::max(wanted - above, 0.25f * wanted);
+    const auto [above, under] = divide(spacing);
+    spacing = under / std::max(wanted - above, 0.25f * wanted);
   }
   // Where little is drawn, fewer draws are as good: each stands for `spacing`, so the drawn weight is off by about the
   // root of spacing times itself.
@@ -184,9 +191,8 @@ void look_around(Unit& unit, int h, float known, const Budget& budget, float sca
   if (!(spacing > 0.0f)) return;
   unit.draws[h] = 1.0f / spacing;
   unit.total[h] = known + divide(kInfinity).second * std::exp(-0.5f * variance);
-  // Nor is a key left to chance that could weigh much, were its estimate that far off.
-  const float heavy = std::log(kHeavy * unit.total[h]) - budget.deviations * std::sqrt(variance);
-  unit.floor[h] = unit.best[h] + std::min(std::log(spacing), heavy) / scale;
+  unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
+  unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
 }
 
 }  // namespace
@@ -227,7 +233,8 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   std::int64_t num_visible = 0;
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
-  std::vector<float> scores = probe(unit, h, wanted);
+  float rest = kInfinity;
+  std::vector<float> scores = probe(unit, h, wanted, rest);
   unit.num_probed[h] += static_cast<std::int64_t>(scores.size());
   for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
   unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
@@ -237,7 +244,7 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   for (const Partial& partial : unit.partials) {
     if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale * (partial.top[h] - unit.best[h]));
   }
-  look_around(unit, h, known, budget, scale);
+  look_around(unit, h, known, rest, budget, scale);
 }
 
 }  // namespace retrieval

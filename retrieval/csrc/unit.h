@@ -104,6 +104,7 @@ struct Unit {
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
+  float heavy[kMaxGroup] = {};  // of heads that draw: keys whose bound reaches it are not left to chance
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
   float total[kMaxGroup] = {};  // of all weights relative to the best one, about; of heads that draw
   std::int64_t num_probed[kMaxGroup] = {};

@@ -216,3 +216,21 @@ def test_equal_keys_and_empty_queries() -> None:
 def test_budget_refuses_a_negative_reach() -> None:
     with pytest.raises(ValueError, match="budget"):
         _core.Budget(reach=-1.0)
+
+
+def test_heavy_key_in_the_sample_does_not_hide_others() -> None:
+    """Some groups tell how wide a head looks; one that holds the best key must not stand for many like it."""
+    num_keys, step = 150_000, 74  # of 2368 groups, each 74th is looked at first
+    query = torch.zeros(HEAD_DIM)
+    query[0] = 16.0
+    values = normal(1, num_keys, HEAD_DIM, seed=8)
+    for i in range(0, 32, 5):
+        keys = 0.1 * normal(1, num_keys, HEAD_DIM, seed=20 + i)
+        keys[0, 1000 : 1000 + 20 * 7_000 : 7_000, 0] += 16 / (16.0 * SCALE)
+        keys[0, (step // 2 + i * step) * 64 + 7, 0] += 20 / (16.0 * SCALE)
+        codes = _core.LayerCodes(1, HEAD_DIM, 2, 0)
+        codes.append(keys)
+        weights = (SCALE * keys[0] @ query).softmax(dim=0)
+        for reach in (0.0, 6.0):
+            out, _, _ = attend(query[None, None], [_core.Part(keys, values, 0, num_keys, codes)], reach=reach)
+            assert errors(out, (weights @ values[0])[None, None]).max() < 0.02
