@@ -11,6 +11,8 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 static_assert(kRunsPerGroup == 2);
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kMeansAhead = 3;     // chunks
+constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
+constexpr float kOddRadius = 1.75f;         // of the root mean square
 constexpr float kKeysPerGroup = 3.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
 
@@ -20,6 +22,14 @@ void fetch(const CodeGroups& groups, int g, int head_dim, int bits) {
   for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.planes + g * size + at, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);
+}
+
+// Runs with a key that is unlike all others: how far such keys lie off the mean tells nothing about it.
+std::uint64_t odd_runs(const CodeChunk& chunk, float radius) {
+  const auto limit = static_cast<std::int16_t>(std::min(32767.0f, kOddRadius * radius / std::max(chunk.radius_unit, 1e-30f)));
+  std::uint64_t odd;
+  kernels().select(chunk.radii, 1, limit, &odd);
+  return odd;
 }
 
 }  // namespace
@@ -99,17 +109,20 @@ void choose_groups(Unit& unit, const Task& task, const Budget& budget, float sca
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeChunk& chunk = scan.chunk(c);
     float chances[kChunkRuns] = {}, unused[kChunkRuns] = {};
-    std::uint64_t passed = ~chunk.full_runs;
+    std::uint64_t passed = ~chunk.full_runs | odd_runs(chunk, scan.query.radius);
     for (int h = 0; h < unit.queries.num; ++h) {
       const std::int16_t* levels = scan.levels + h * stride + c * kChunkRuns;
-      // However far it lies from the mean, a key scores no more above it than this times the radius.
-      float reach = scan.query.norm[h];
-      if (scan.query.radius > 0.0f) reach = std::min(reach, budget.reach * scan.query.own[h] / scan.query.radius);
-      const Weigher bound{scan.query.base[h], scan.level_unit(c, h), -reach * chunk.radius_unit};
       const float crest = scan.crests[h * scan.num_chunks + c];
-      if (!(bound.base + bound.slope * crest - bound.lift * kRadiusSteps < unit.group_floor[h])) {
-        passed |= kernels().split(levels, chunk.radii, bound, unit.group_floor[h], chunk.full_runs, 0.0f, unused);
-      }
+      const auto pass = [&](float deviations, float floor) {
+        // However far it lies from the mean, a key scores no more above it than this times the radius.
+        float reach = scan.query.norm[h];
+        if (scan.query.radius > 0.0f) reach = std::min(reach, deviations * scan.query.own[h] / scan.query.radius);
+        const Weigher bound{scan.query.base[h], scan.level_unit(c, h), -reach * chunk.radius_unit};
+        if (bound.base + bound.slope * crest - bound.lift * kRadiusSteps < floor) return;
+        passed |= kernels().split(levels, chunk.radii, bound, floor, chunk.full_runs, 0.0f, unused);
+      };
+      pass(budget.reach, unit.group_floor[h]);
+      pass(0.5f * budget.reach, unit.group_floor[h] - kNear / scale);
       if (unit.group_draws[h] == 0.0f) continue;
       float mine[kChunkRuns] = {};
       kernels().split(levels, chunk.means.factors, scan.weigher(chunk.means, h, scale, unit.best[h]), kInfinity,
