@@ -154,6 +154,21 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
     variance += deviation * deviation * squares;
   });
   if (num_sampled == 0) return;
+  // Neighbours are alike: a group that outweighs all other groups is the one that was looked for, not one of many.
+  float total = 0.0f, largest = 0.0f;
+  auto outlier = weights.begin();
+  for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
+    const float sum = std::accumulate(group, group + kGroupKeys, 0.0f);
+    total += sum;
+    if (sum > largest) {
+      largest = sum;
+      outlier = group;
+    }
+  }
+  if (largest > total - largest) {
+    known += largest;
+    std::fill(outlier, outlier + kGroupKeys, 0.0f);
+  }
   const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
   // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.

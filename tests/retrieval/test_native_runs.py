@@ -218,16 +218,20 @@ def test_budget_refuses_a_negative_reach() -> None:
         _core.Budget(reach=-1.0)
 
 
-def test_heavy_key_in_the_sample_does_not_hide_others() -> None:
-    """Some groups tell how wide a head looks; one that holds the best key must not stand for many like it."""
+def test_what_the_sample_happens_to_hold_does_not_hide_others() -> None:
+    """Some groups tell how wide a head looks; one of what was looked for must not stand for many like it. Nor are runs
+    left out that hold a key unlike all others."""
     num_keys, step = 150_000, 74  # of 2368 groups, each 74th is looked at first
     query = torch.zeros(HEAD_DIM)
     query[0] = 16.0
     values = normal(1, num_keys, HEAD_DIM, seed=8)
     for i in range(0, 32, 5):
         keys = 0.1 * normal(1, num_keys, HEAD_DIM, seed=20 + i)
-        keys[0, 1000 : 1000 + 20 * 7_000 : 7_000, 0] += 16 / (16.0 * SCALE)
-        keys[0, (step // 2 + i * step) * 64 + 7, 0] += 20 / (16.0 * SCALE)
+        keys[0, :, 0] += 4 / (16.0 * SCALE)  # all together about a hundredth
+        place = (step // 2 + i * step) * 64
+        keys[0, place : place + 60, 0] += 10 / (16.0 * SCALE)  # each a 400th of the best
+        keys[0, 1000 : 1000 + 100 * 1_400 : 1_400, 0] += 10 / (16.0 * SCALE)
+        keys[0, 777, 0] += 16 / (16.0 * SCALE)
         codes = _core.LayerCodes(1, HEAD_DIM, 2, 0)
         codes.append(keys)
         weights = (SCALE * keys[0] @ query).softmax(dim=0)
