@@ -1,7 +1,6 @@
 #include "candidates.h"
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -62,15 +61,6 @@ float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, int g, int i,
 }
 
 }  // namespace
-
-float phase(const Unit& unit, std::int64_t salt) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &unit.best[0], sizeof(bits));
-  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(salt);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<float>(z >> 40) * 0x1p-24f;
-}
 
 std::int64_t refine(Unit& unit, const Task& task, float scale) {
   Scan& scan = unit.scans[task.run];

@@ -1,8 +1,8 @@
 // The groups of keys that a search of a long context scans.
 //
-// A group's mean tells how high its keys may score: a group where even a key some deviations off the mean would not
-// matter to any head is ruled out unseen. Heads that look widely draw from all keys; of the groups in which no single
-// key could weigh much they draw some, in proportion to the weight that the mean foretells, and each stands for the
+// The mean of a run tells how high its keys may score: a group of two runs where even a key some deviations off the mean
+// would not matter to any head is ruled out unseen, unless a key in it is unlike all others. Heads that look widely draw from all keys; of the groups in which no single
+// key could weigh much they draw some, in proportion to the weight that the means foretell, and each stands for the
 // others like it. What is drawn of its keys then keeps exactly the chance that it would have had.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace retrieval {
 
-// Scores of the means of the groups of a chunk task.
+// Bounds of the means of the runs of a chunk task.
 void score_means(Unit& unit, const Task& task);
 
 // Chooses the groups to begin with: those with the best means, and some at even distances. Their bounds give a first

@@ -329,8 +329,7 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
   out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
   float offsets[kMaxGroup];
   float largest = 1.0f;
-  out.mapped.resize(static_cast<std::size_t>(queries.num * dims));
-  float* mapped = out.mapped.data();
+  float mapped[kMaxGroup * kMaxHeadDim];
   apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
   out.radius = own_radius(codes.head(head), dims);
   own_deviations(codes.head(head), mapped, queries.num, dims, out.own);

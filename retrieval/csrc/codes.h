@@ -1,6 +1,7 @@
 // RaBitQ codes of the keys of one segment and layer, for all its KV heads.
 //
-// Each key k is centred, rotated and kept as a few bits per dimension and one factor (RaBitQ, arXiv 2405.12497, section 3; more bits per dimension: arXiv 2409.09913). With u the centred
+// Each key k is centred, rotated and kept as a few bits per dimension and one factor (RaBitQ, arXiv 2405.12497,
+// section 3; more bits per dimension: arXiv 2409.09913). With u the centred
 // code, r = R(k - c) and q' = R q, the inner product is estimated by <q, c> + f <u, q'>, f = |r|^2 / <u, r>,
 // which is unbiased over rotations R. Its standard deviation is at most f |q| |u| sqrt((1 - a^2) / (d - 1)),
 // a = cos(u, r); the part behind f |q| is near 0.65 for every key and number of bits, so it needs no storing.
@@ -137,7 +138,6 @@ float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code);
 
 // A group's queries against the codes of one head: what scan, split and the means of runs need.
 struct CodeQuery {
-  std::vector<float> mapped;         // [num][head_dim], q'
   std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
   std::int16_t offsets[kMaxGroup] = {};
   int shift = 0;

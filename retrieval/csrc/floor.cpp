@@ -124,37 +124,45 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
   return scores;
 }
 
-// Groups taken at even distances tell how many keys pass the floor and what those below weigh. Too many, or
-// too much: the head looks widely. It then takes about rest_keys keys, each with a chance in proportion to its
-// weight, and those for certain whose chance would be 1 (sampling in proportion to size; Hajek 1964).
-// known: weight of the keys seen so far, relative to the best one; those of the search have bounds above `rest`, and no
-// key that happens to be in the sample shall count for many of them.
-void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
-  std::vector<float> weights;
-  float variance = 0.0f;  // of an estimated logit, in nats squared
-  std::int64_t num_visible = 0, num_sampled = 0;
-  constexpr int kEvery = 4;
-  weights.reserve(2 * kSampleGroups * kGroupKeys);
-  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
+// What groups taken at even distances tell of the weights of one head, relative to its best key.
+struct Sample {
+  std::vector<float> weights;    // [groups * kGroupKeys], by estimate; 0 where a key is not searched or not counted
+  float variance = 0.0f;         // of an estimated logit, in nats squared
+  std::int64_t num_visible = 0;  // keys that all of these stand for
+  std::int64_t num_keys = 0;
+};
+
+// Keys with bounds above `rest` have been scored exactly, and do not count.
+Sample take_sample(const Unit& unit, int h, float rest, float scale) {
+  constexpr int kEvery = 4;  // keys whose factors are looked at
+  Sample sample;
+  sample.weights.reserve(2 * kSampleGroups * kGroupKeys);
+  for (const Scan& scan : unit.scans) sample.num_visible += scan.end - scan.begin;
   for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
+    const CodeGroups& keys = scan.chunk(c).keys;
     const std::int64_t slot = std::int64_t{g} * kGroupKeys;
-    const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys + slot;
+    const std::int16_t *bounds = scan.bounds + h * scan.stride() + c * kChunkKeys + slot, *factors = keys.factors + slot;
     const int seen_from = scan.threshold(c, h, rest) + 2;  // above the floor of what the threshold rounds down
     std::uint64_t seen = 0;
     if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
     const std::uint64_t visible = scan.visible(c, g);
-    weights.resize(weights.size() + kGroupKeys, 0.0f);
-    const std::int16_t* factors = scan.chunk(c).keys.factors + slot;
-    kernels().split(bounds, factors, scan.weigher(scan.chunk(c).keys, h, scale, unit.best[h]), kInfinity,
-                    visible & ~seen, 1.0f, &weights[weights.size() - kGroupKeys]);
-    num_sampled += __builtin_popcountll(visible);
-    float squares = 0.0f;  // of some of them
-    for (int i = 0; i < kGroupKeys; i += kEvery) squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
-    const float deviation = scale * scan.query.deviation[h] * scan.chunk(c).keys.unit / 32768.0f;
-    variance += deviation * deviation * squares;
+    sample.weights.resize(sample.weights.size() + kGroupKeys, 0.0f);
+    kernels().split(bounds, factors, scan.weigher(keys, h, scale, unit.best[h]), kInfinity, visible & ~seen, 1.0f,
+                    &sample.weights[sample.weights.size() - kGroupKeys]);
+    sample.num_keys += __builtin_popcountll(visible);
+    float squares = 0.0f;
+    for (int i = 0; i < kGroupKeys; i += kEvery) {
+      squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
+    }
+    const float deviation = scale * scan.query.deviation[h] * keys.unit / 32768.0f;
+    sample.variance += deviation * deviation * squares;
   });
-  if (num_sampled == 0) return;
-  // Neighbours are alike: a group that outweighs all other groups is the one that was looked for, not one of many.
+  return sample;
+}
+
+// Neighbours are alike: a group that outweighs all other groups is the one that was looked for, not one of many.
+// Its weight, if there is one, and it no longer counts.
+float put_aside(std::vector<float>& weights) {
   float total = 0.0f, largest = 0.0f;
   auto outlier = weights.begin();
   for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
@@ -165,14 +173,23 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
       outlier = group;
     }
   }
-  if (largest > total - largest) {
-    known += largest;
-    std::fill(outlier, outlier + kGroupKeys, 0.0f);
-  }
+  if (largest <= total - largest) return 0.0f;
+  std::fill(outlier, outlier + kGroupKeys, 0.0f);
+  return largest;
+}
+
+// A sample tells how many keys pass the floor and what those below weigh. Too many, or too much: the head looks
+// widely. It then takes about rest_keys keys, each with a chance in proportion to its weight, and those for certain
+// whose chance would be 1 (sampling in proportion to size; Hajek 1964).
+// known: weight of the keys seen so far, relative to the best one; those of the search have bounds above `rest`.
+void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
+  auto [weights, variance, num_visible, num_sampled] = take_sample(unit, h, rest, scale);
+  if (num_sampled == 0) return;
+  known += put_aside(weights);
   const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
   // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.
-  const auto divide = [&](float weight) {
+  const auto divide = [&, &weights = weights](float weight) {
     constexpr std::size_t kLanes = 4;  // divides kGroupKeys
     const float* each = weights.data();
     float counts[kLanes] = {}, sums[kLanes] = {};

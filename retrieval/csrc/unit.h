@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -70,10 +71,9 @@ struct Scan {
 
   std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
 
-  bool is_chosen(std::int64_t i, int g) const { return (chosen[i] >> g & 1u) != 0; }
   // Keys of group g of chunk i that are searched, as bits.
   std::uint64_t visible(std::int64_t i, int g) const {
-    return is_chosen(i, g) ? range_mask(first_key(i) + g * kGroupKeys, begin, end) : 0;
+    return (chosen[i] >> g & 1u) != 0 ? range_mask(first_key(i) + g * kGroupKeys, begin, end) : 0;
   }
   float weight_of(std::int64_t i, int g) const {
     return stands_for != nullptr ? stands_for[i * kChunkGroups + g] : 1.0f;
@@ -140,7 +140,14 @@ void for_sample_groups(const Unit& unit, Visit visit) {
 }
 
 // Somewhere in [0, 1), the same for the same step: where a systematic draw begins.
-float phase(const Unit& unit, std::int64_t salt);
+inline float phase(const Unit& unit, std::int64_t salt) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &unit.best[0], sizeof(bits));
+  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(salt);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<float>(z >> 40) * 0x1p-24f;
+}
 
 template <typename Visit>
 void for_each_bit(std::uint64_t mask, Visit visit) {

@@ -20,6 +20,7 @@ from retrieval.segments import PathEntry, Segment, SegmentStore, TokenIds
 
 CPU = torch.device("cpu")
 Decode = Callable[..., Tensor]
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 def geometry_of(
@@ -128,6 +129,19 @@ def decode_with(kind: str) -> Decode:
 def decode(request: pytest.FixtureRequest) -> Decode:
     """`decode(queries, context, runs, layer_idx, num_retrieved, stats)`, by torch and by the C++ core."""
     return decode_with(request.param)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine and the core have, in use."""
+    core = pytest.importorskip("retrieval._core")
+    before = core.simd_level()
+    try:
+        core.set_simd_level(request.param)
+    except ValueError:
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    core.set_simd_level(before)
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,27 +12,16 @@ from torch import Tensor
 
 from retrieval import native
 from retrieval.layer_attention import ExactPart, attend_layer
+from tests.retrieval.conftest import LEVELS
 
 _core = pytest.importorskip("retrieval._core")
 
 SCALE = 0.125
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 # Absolute, on outputs of about 1: inputs are the same bits, only the order of float32 sums differs.
 OUT_TOLERANCE = 2e-5
 LSE_TOLERANCE = 2e-5
 BETA_TOLERANCE = 1.5e-2  # what 12 nats leave out of 5000 keys
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.simd_level()
-    try:
-        _core.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    _core.set_simd_level(before)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,18 +13,6 @@ _core = pytest.importorskip("retrieval._core")
 NUM_KEYS, HEAD_DIM, NUM_KV_HEADS, GROUP = 24_000, 64, 2, 2
 RUN_KEYS = 32
 SCALE = HEAD_DIM**-0.5
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.simd_level()
-    try:
-        _core.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    _core.set_simd_level(before)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
