@@ -17,6 +17,30 @@ def wake() -> None:
 def set_num_threads(num_threads: int) -> None:
     """Replace the pool; by default it has one thread per physical core."""
 
+class Matrix:
+    """Float32 rows for `Linear`, taken once for many calls; shares the tensor's memory."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """rows float32 `[num_rows, num_columns]` on the CPU, columns dense."""
+
+class Linear:
+    """Product of a few rows with a matrix of weights, by all threads of the pool."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        bias: Tensor | None = None,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
+        is_gated: bool = False,
+    ) -> None:
+        """weights `[num_outputs, num_inputs]`, dense, bf16, fp16 or fp32, not copied; bias float32 `[num_outputs]`;
+        norm float32 `[num_inputs]`: rows go through a root mean square norm first; is_gated: rows are `[gate, up]` of
+        twice as many columns, and silu(gate) * up is multiplied."""
+
+    def apply(self, rows: Matrix, out: Matrix, add: bool = False) -> None:
+        """out `[num_rows, num_outputs]` becomes the product, or has it added. A row does not depend on the others."""
+
 class LayerCodes:
     """RaBitQ codes of the keys of one segment and layer, all KV heads. Searches may run while keys are appended."""
 
@@ -115,7 +139,7 @@ class Budget:
         min_keys: int = 1,
         max_keys: int = 16384,
         rest: float = 0.003,
-        rest_keys: int = 1536,
+        rest_keys: int = 2048,
         exact_keys: int = 4096,
         reach: float = 6.0,
         reach_products: int = 1 << 25,
@@ -126,8 +150,8 @@ class Budget:
         share takes about `rest_keys` drawn by estimated weight instead (0: never). exact_keys: where a sequence
         has fewer searched keys in all, they are attended exactly (with k = 0). reach: a run of 32 neighbours is not
         scanned when no key that many deviations above the run's mean would become the best one (with k = 0; 0: all are
-        scanned). reach_products: all are scanned where a KV head's searched keys, times the query heads that share it,
-        times head_dim, are fewer."""
+        scanned). reach_products: where a KV head's searched keys, times the query heads that share it, times head_dim,
+        are fewer, only the best key of the parts attended exactly rules runs out."""
 
     @property
     def k(self) -> int: ...

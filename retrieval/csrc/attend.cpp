@@ -10,6 +10,7 @@
 #include "candidates.h"
 #include "choose.h"
 #include "floor.h"
+#include "luck.h"
 #include "unit.h"
 #include "weigh.h"
 
@@ -17,7 +18,9 @@ namespace retrieval {
 namespace {
 
 constexpr std::int64_t kExactKeys = 1024;  // keys per task of exact attention
-constexpr std::int64_t kChunksPerTask = 2;
+constexpr std::int64_t kChunksPerTask = 2;   // where every key is scanned
+constexpr std::int64_t kChunksPerChoice = 8; // where few are
+constexpr std::int64_t kLeastChosen = 16384;  // keys: a search of fewer scans them all
 constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
 class Job {
@@ -44,8 +47,14 @@ class Job {
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
   void choose();
+  void choose_all(Unit& unit);
+  bool is_enough(const Unit& unit) const;
+  void find_floors(int k);
+  void count_codes();    // of what has been scanned
   void scan_chunks(const Task& task);
-  void scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c);
+  void scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& out);
+  std::int64_t refine_chunks(const Task& task);
+  std::int64_t search_chunks(const Task& task);
   void gather(Unit& unit);
   void share_out(std::size_t at);
   void settle_floor(Unit& unit, int k);
@@ -76,6 +85,7 @@ class Job {
   std::vector<std::shared_lock<std::shared_mutex>> locks_;
   std::vector<Unit> units_;
   std::vector<Task> exact_tasks_, scan_tasks_, score_tasks_;
+  std::vector<std::int64_t> drawn_;  // keys, by scan task
   AttendStats stats_;
 };
 
@@ -124,14 +134,15 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     scan.tops = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.tops_stride()));
     scan.chosen = arena_.take<std::uint32_t>(static_cast<std::size_t>(scan.num_chunks));
     std::fill_n(scan.chosen, scan.num_chunks, ~0u);
-    if (unit.will_choose) {
-      const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
+    const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
+    if (unit.choice != Unit::Choice::kAll) {
       scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
       scan.crests = arena_.take<std::int16_t>(num * num_chunks);
-      scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
-    for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerTask) {
-      scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + kChunksPerTask, scan.num_chunks)});
+    if (unit.choice == Unit::Choice::kByFirst) scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
+    const std::int64_t each = unit.choice == Unit::Choice::kByFirst ? kChunksPerChoice : kChunksPerTask;
+    for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
+      scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
       scan.found.emplace_back();
     }
     unit.scans.push_back(std::move(scan));
@@ -155,14 +166,18 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     const auto& sequence = parts[static_cast<std::size_t>(seq)];
     std::int64_t num_coded = 0;
     for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-    const bool will_choose = budget_.reach > 0.0f && !has_ranks_ && num_coded * group * queries_.head_dim >= budget_.reach_products;
+    Unit::Choice choice = Unit::Choice::kAll;
+    if (budget_.reach > 0.0f && !has_ranks_) {
+      if (num_coded >= kLeastChosen) choice = Unit::Choice::kByBest;
+      if (num_coded * group * queries_.head_dim >= budget_.reach_products) choice = Unit::Choice::kByFirst;
+    }
     const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);
       const auto at = static_cast<std::size_t>((seq * queries_.num_q_heads + head) * queries_.head_dim);
       Unit unit;
       unit.kv_head = first_kv_head_ + head / group;
-      unit.will_choose = will_choose;
+      unit.choice = choice;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
       for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);
@@ -170,6 +185,7 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
       head += num;
     }
   }
+  drawn_.resize(scan_tasks_.size());
   is_small_ = scan_tasks_.empty() && !will_list_ && stats_.num_scored * queries_.head_dim <= kSmallProducts;
 }
 
@@ -185,42 +201,58 @@ void Job::scan() {
     }
     const Task& task = scan_tasks_[static_cast<std::size_t>(i - num_exact)];
     Unit& unit = units_[task.unit];
-    if (unit.will_choose) {
-      score_means(unit, task);
-    } else {
+    if (unit.choice == Unit::Choice::kAll) {
       scan_chunks(task);
+    } else {
+      score_means(unit, task);
     }
   });
   choose();
-  for (const Unit& unit : units_) {
-    for (const Scan& scan : unit.scans) {
-      std::int64_t num_groups = 0;
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
-      if (scan.num_chunks == 0) continue;
-      if (unit.will_choose) num_groups += scan.num_chunks;  // of means
-      stats_.bytes_read += num_groups * kGroupKeys * (scan.part->codes->bits() * scan.part->head_dim / 8 + 2);
-    }
-  }
 }
 
-// Scans of long contexts: a few groups first, then those that can matter by what the few have shown.
+// Scans of long contexts: those groups that can matter by the best key known. Of very long ones a few groups first,
+// then those that can matter by what the few have shown.
 void Job::choose() {
-  if (std::none_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.will_choose; })) return;
+  using Choice = Unit::Choice;
+  if (std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.choice == Choice::kAll; })) return;
   for_units([&](Unit& unit) {
-    if (!unit.will_choose) return;
+    if (unit.choice == Choice::kByBest && !choose_by_best(unit, budget_, scale_)) {
+      unit.choice = Choice::kAll;
+      choose_all(unit);
+    }
+    if (unit.choice != Choice::kByFirst) return;
     choose_first(unit);
     for (const Scan& scan : unit.scans) {
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c);
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
     }
     for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
     set_group_floors(unit, scale_);
+    set_start(unit);
   });
   for_tasks(scan_tasks_, [&](std::size_t i) {
-    Unit& unit = units_[scan_tasks_[i].unit];
-    if (!unit.will_choose) return;
-    choose_groups(unit, scan_tasks_[i], budget_, scale_);
-    scan_chunks(scan_tasks_[i]);
+    const Task& task = scan_tasks_[i];
+    Unit& unit = units_[task.unit];
+    if (unit.choice == Choice::kByFirst) {
+      drawn_[i] = search_chunks(task);
+    } else if (unit.scans[task.run].levels != nullptr) {
+      scan_chunks(task);
+    }
   });
+  for_units([&](Unit& unit) { unit.is_refined = unit.choice == Choice::kByFirst && is_enough(unit); });
+}
+
+void Job::choose_all(Unit& unit) {
+  for (Scan& scan : unit.scans) std::fill_n(scan.chosen, scan.num_chunks, ~0u);
+}
+
+// Whether the candidates listed by the floors of the first groups will do. A better key among them means that those
+// floors were too low and the list is too long, not wrong.
+bool Job::is_enough(const Unit& unit) const {
+  std::size_t num_found = 0;
+  for (const Scan& scan : unit.scans) {
+    for (const auto& found : scan.found) num_found += found.size();
+  }
+  return num_found <= static_cast<std::size_t>(budget_.max_keys);
 }
 
 void Job::prepare(Unit& unit) {
@@ -232,31 +264,93 @@ void Job::prepare(Unit& unit) {
 
 void Job::scan_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
-  for (std::int64_t c = task.begin; c < task.end; ++c) scan_chunk(unit, unit.scans[task.run], c);
+  const Scan& scan = unit.scans[task.run];
+  for (std::int64_t c = task.begin; c < task.end; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
 }
 
-void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c) {
+void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& out) {
   if (scan.chosen[c] == 0) return;
   const CodeGroups& keys = scan.chunk(c).keys;
-  kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, unit.queries.head_dim, scan.query.shift,
-                 reinterpret_cast<const std::uint8_t*>(keys.planes), scan.part->codes->bits(),
-                 scan.chosen[c], keys.factors, scan.bounds + c * kChunkKeys, scan.stride(),
-                 scan.tops + c * kBlocksPerChunk, scan.tops_stride());
+  kernels().scan(scan.query.tables.data(), scan.query.keys.offsets, unit.queries.num, unit.queries.head_dim,
+                 scan.query.keys.shift, reinterpret_cast<const std::uint8_t*>(keys.planes), keys.bits, scan.chosen[c],
+                 keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
+}
+
+std::int64_t Job::refine_chunks(const Task& task) {
+  Unit& unit = units_[task.unit];
+  Scan& scan = unit.scans[task.run];
+  std::vector<Candidate>& found = scan.found[task.slot];
+  std::int64_t num_drawn = 0;
+  found.clear();
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
+  }
+  return num_drawn;
+}
+
+void Job::count_codes() {
+  for (const Unit& unit : units_) {
+    for (const Scan& scan : unit.scans) {
+      std::int64_t num_groups = 0;
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
+      if (scan.num_chunks == 0) continue;
+      const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
+      stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
+      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+    }
+  }
+}
+
+// Chooses, scans and lists in one go: few of a chunk's keys are looked at, and their bounds stay in the cache.
+std::int64_t Job::search_chunks(const Task& task) {
+  Unit& unit = units_[task.unit];
+  Scan& scan = unit.scans[task.run];
+  std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
+  const ChunkBounds here{bounds, kChunkKeys, tops, kBlocksPerChunk};
+  choose_groups(unit, task, budget_, scale_);
+  std::int64_t num_drawn = 0;
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    scan_chunk(unit, scan, c, here);
+    num_drawn += refine(unit, scan, c, here, scale_, scan.found[task.slot]);
+  }
+  return num_drawn;
+}
+
+void Job::find_floors(int k) {
+  const auto find = [&](auto is_wanted) {
+    run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
+      Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
+      const auto h = static_cast<int>(i % kMaxGroup);
+      if (h < unit.queries.num && is_wanted(unit)) find_floor(unit, h, k, budget_, scale_, !will_list_);
+    });
+  };
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    const Unit& unit = units_[scan_tasks_[i].unit];
+    if (unit.choice == Unit::Choice::kByFirst && !unit.is_refined) scan_chunks(scan_tasks_[i]);
+  });
+  find([](const Unit& unit) { return !unit.is_refined; });
+  // The best key attended exactly does not tell that a head looks widely.
+  const auto is_wide = [](const Unit& unit) { return unit.choice == Unit::Choice::kByBest && unit.draws_any(); };
+  if (std::none_of(units_.begin(), units_.end(), is_wide)) return;
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    Unit& unit = units_[scan_tasks_[i].unit];
+    if (!is_wide(unit)) return;
+    Scan& scan = unit.scans[scan_tasks_[i].run];
+    std::fill(scan.chosen + scan_tasks_[i].begin, scan.chosen + scan_tasks_[i].end, ~0u);
+    scan_chunks(scan_tasks_[i]);
+  });
+  find(is_wide);
 }
 
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
-  const auto num_units = static_cast<std::int64_t>(units_.size());
-  run(num_units * kMaxGroup, [&](std::int64_t i) {
-    Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
-    const auto h = static_cast<int>(i % kMaxGroup);
-    if (h < unit.queries.num && !(unit.will_choose && is_settled(unit, h, scale_))) {
-      find_floor(unit, h, k, budget_, scale_, !will_list_);
-    }
+  find_floors(k);
+  count_codes();
+  for (Unit& unit : units_) set_start(unit);
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    if (!units_[scan_tasks_[i].unit].is_refined) drawn_[i] = refine_chunks(scan_tasks_[i]);
   });
-  std::vector<std::int64_t> drawn(scan_tasks_.size());
-  for_tasks(scan_tasks_, [&](std::size_t i) { drawn[i] = refine(units_[scan_tasks_[i].unit], scan_tasks_[i], scale_); });
-  for (const std::int64_t count : drawn) stats_.num_drawn += count;
+  for (const std::int64_t count : drawn_) stats_.num_drawn += count;
   for_units([&](Unit& unit) { gather(unit); });
   for (std::size_t u = 0; u < units_.size(); ++u) share_out(u);
   if (!has_ranks_) return;

@@ -5,8 +5,8 @@
 // bound could matter are rescored exactly, and those that do matter enter the output. A head that looks so
 // widely that too much would be left out takes a sample instead: keys drawn in proportion to their estimated
 // weights, each with its exact weight over its chance (MagicPIG, arXiv 2410.16179, draws too, by hash
-// collisions; here the chances follow the codes). Of a long context, runs of keys are left out by their means before
-// any key is looked at (choose.h). Everything is merged in float32.
+// collisions; here the chances follow the codes, luck.h). Of a long context, runs of keys are left out by their means
+// before any key is looked at (choose.h). Everything is merged in float32.
 // The result depends neither on the number of threads nor on their timing.
 #pragma once
 
@@ -54,12 +54,13 @@ struct Budget {
   int min_keys = 1;         // retrieved at least (as far as there are keys)
   int max_keys = 16384;     // rescored at most, per KV head and sequence
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
-  int rest_keys = 1536;     // keys such a head takes, about
+  int rest_keys = 2048;     // keys such a head takes, about; one that two heads take is fetched once
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
   float reach = 6.0f;       // a run of neighbours is left out when no key that many deviations above their mean would
                             // become the best; 0: none is
-  std::int64_t reach_products = std::int64_t{1} << 25;  // a search of fewer products of coordinates, of a KV head and
-                            // sequence, scans everything, which is faster then
+  std::int64_t reach_products = std::int64_t{1} << 25;  // in a search of fewer products of coordinates, of a KV head and
+                            // sequence, only the best key attended exactly rules runs out: to look at some groups
+                            // first takes longer than it saves
 };
 
 // Sums over sequences and query heads.

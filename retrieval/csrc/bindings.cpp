@@ -1,6 +1,4 @@
 // The Python face of the core: checks shapes, releases the GIL, calls. No algorithm lives here.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -17,28 +15,21 @@
 #include <vector>
 
 #include "attend.h"
+#include "bindings.h"
 #include "chunk.h"
 #include "codes.h"
 #include "distance.h"
 #include "graph.h"
 #include "thread_pool.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 using namespace retrieval;
-
-namespace {
-
-using Array = nb::ndarray<nb::device::cpu, nb::ro>;
-using Writable = nb::ndarray<nb::device::cpu>;
-using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
-using Integers = nb::ndarray<std::int64_t, nb::device::cpu, nb::c_contig>;
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-DType dtype_of(const Array& array, const char* name, bool allow_int8 = false) {
+DType dtype_of(const Array& array, const char* name, bool allow_int8) {
   const nb::dlpack::dtype dtype = array.dtype();
   const auto is = [&](nb::dlpack::dtype_code code, int bits) {
     return dtype.code == static_cast<std::uint8_t>(code) && dtype.bits == bits && dtype.lanes == 1;
@@ -50,6 +41,8 @@ DType dtype_of(const Array& array, const char* name, bool allow_int8 = false) {
   throw std::invalid_argument(std::string(name) + " must be bfloat16, float16 or float32" +
                               (allow_int8 ? " or int8" : ""));
 }
+
+namespace {
 
 // [heads][rows][head_dim], rows contiguous, heads apart by any stride.
 void require_head_rows(const Array& array, const char* name) {
@@ -82,6 +75,12 @@ PoolOwner& pool_owner() {
   static PoolOwner owner;
   return owner;
 }
+
+}  // namespace
+
+std::shared_ptr<ThreadPool> shared_pool() { return pool_owner().get(); }
+
+namespace {
 
 // A part and the tensors it reads.
 struct BoundPart {
@@ -203,7 +202,7 @@ AttendStats bound_attend_layer(const Array& queries, const std::vector<std::vect
   const int num_q_heads = static_cast<int>(queries.shape(1));
   if (num_kv_heads == 0) num_kv_heads = num_q_heads;
   require(num_q_heads > 0 && num_q_heads % num_kv_heads == 0, "num_q_heads must be a multiple of num_kv_heads");
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   const ReadQueries read(queries);
   const LayerQueries layer{read.values.data(), read.bf16.empty() ? nullptr : read.bf16.data(),
@@ -249,7 +248,7 @@ void bound_attend_chunk(const Array& queries, const std::vector<std::shared_ptr<
                     out.data(), out_dtype == DType::kBFloat16, out.stride(0), out.stride(1),
                     lse ? lse->data() : nullptr, num_new, static_cast<int>(num_q_heads), num_kv_heads,
                     static_cast<int>(queries.shape(2)), scale, sliding_window.value_or(0)};
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   attend_chunk(chunk, views, *pool);
 }
@@ -265,7 +264,7 @@ AttendStats bound_search(const Array& queries, const std::shared_ptr<BoundPart>&
               scores.shape(0) == queries.shape(0) && positions.shape(1) == static_cast<std::size_t>(k) &&
               scores.shape(1) == static_cast<std::size_t>(k),
           "positions and scores must be [num_queries, k]");
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   const ReadQueries read(queries);
   const LayerQueries layer{read.values.data(), read.bf16.empty() ? nullptr : read.bf16.data(), 1,
@@ -302,7 +301,7 @@ std::shared_ptr<LayerCodes> make_codes(int num_kv_heads, int head_dim, int bits,
 void append_keys(LayerCodes& codes, const Array& keys) {
   const std::vector<Rows> rows = head_rows(keys, "keys", codes);
   const auto count = static_cast<std::int64_t>(keys.shape(1));
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   codes.append(rows, count, *pool);
 }
@@ -327,7 +326,7 @@ void build_graph(Graph& graph, const Array& keys, const Floats& queries, const L
   for (std::size_t i = 0; i < lists.size(); ++i) {
     require(lists.data()[i] >= -1 && lists.data()[i] < num_keys, "lists must hold positions of keys, or -1");
   }
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   graph.build(rows, num_keys, queries.data(), lists.data(), static_cast<std::int64_t>(lists.shape(0)),
               static_cast<int>(lists.shape(1)), *pool);
@@ -337,7 +336,7 @@ void insert_into_graph(Graph& graph, const Array& keys) {
   const Rows rows = key_matrix(keys);
   const auto num_keys = static_cast<std::int64_t>(keys.shape(0));
   require(num_keys >= graph.size(), "the keys held must stay");
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const nb::gil_scoped_release release;
   graph.insert(rows, num_keys, *pool);
 }
@@ -352,7 +351,7 @@ nb::tuple search_graph(const Graph& graph, const Array& keys, const Floats& quer
               scores.shape(0) == queries.shape(0) && positions.shape(1) == scores.shape(1) && positions.shape(1) > 0,
           "positions and scores must be [num_queries, k]");
   require(hints.empty() || hints.size() == queries.shape(0), "hints are one list per query, or none");
-  const auto pool = pool_owner().get();
+  const auto pool = shared_pool();
   const auto k = static_cast<int>(positions.shape(1));
   std::vector<Graph::Cost> costs(queries.shape(0));
   const auto run = [&] {
@@ -491,4 +490,5 @@ NB_MODULE(_core, m) {
         "out"_a.noconvert(), "lse"_a.noconvert().none() = nb::none(), "sliding_window"_a.none() = nb::none());
   m.def("search", &bound_search, "queries"_a.noconvert(), "part"_a, "k"_a, "positions"_a.noconvert(),
         "scores"_a.noconvert(), "budget"_a = Budget{}, "kv_head"_a = 0);
+  bind_linear(m);
 }

@@ -1,140 +1,177 @@
 #include "candidates.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <vector>
+
+#include "luck.h"
 
 namespace retrieval {
 namespace {
 
-constexpr std::size_t kUsualCandidates = 256;  // of a task
+// How one head takes keys of one chunk.
+struct Taking {
+  Lot lot;                    // its draw goes by the bound alone where the head does not draw
+  float never = -kInfinity;   // 0 where it draws
+  int least_top = 0;          // below it a block holds nothing
+  int sure = 0;               // bounds that are not left to chance
 
-// What one chunk holds for the heads of a unit.
-struct Marks {
-  std::uint64_t masks[kMaxGroup][kChunkGroups];  // keys that pass the floor of a head, of chosen groups
-  std::uint64_t any[kChunkGroups] = {};          // of any head
-  float measure[kChunkKeys];                     // chances of being drawn, of chosen groups where some head draws
+  bool draws() const { return lot.step > 0.0f; }
+  // Logarithm of the chance; 0 and more: taken for certain.
+  float log_chance(std::int16_t bound, std::int16_t factor) const {
+    const float drawn = lot.log_chance(bound, factor) + never;
+    return bound >= sure ? 0.0f : drawn;
+  }
 };
 
-void mark_by_bound(const Unit& unit, const Scan& scan, std::int64_t c, int h, Marks& marks) {
-  const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
-  const std::int16_t* tops = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
-  const int threshold = scan.threshold(c, h, unit.floor[h]);
-  for_each_bit(scan.chosen[c], [&](int g) {
-    std::uint64_t& mask = marks.masks[h][g];
-    mask = 0;
-    if (tops[g / kBlockGroups] < threshold) return;
-    kernels().select(bounds + g * kGroupKeys, 1, static_cast<std::int16_t>(threshold), &mask);
-    marks.any[g] |= mask;
-  });
+Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale) {
+  Taking taking;
+  if (unit.draws[h] == 0.0f) {
+    taking.sure = taking.least_top = scan.threshold(c, h, unit.floor[h]);
+    taking.lot.draw.floor = to_word(static_cast<float>(taking.sure));
+    return taking;
+  }
+  taking.lot = lot_above(unit.floor[h], scan.query.base[h], scan.bound_unit(c, h), scan.query.keys, h, scale);
+  taking.never = 0.0f;
+  taking.least_top = -32768;
+  taking.sure = scan.threshold(c, h, unit.heavy[h]);
+  return taking;
 }
 
-void mark_by_weight(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale, Marks& marks) {
-  const std::int16_t* bounds = scan.bounds + h * scan.stride() + c * kChunkKeys;
-  const CodeGroups& keys = scan.chunk(c).keys;
-  const std::int16_t* tops = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
-  const int heavy = scan.threshold(c, h, unit.heavy[h]);
-  const float floor = scale * kLog2E * (unit.floor[h] - unit.best[h]);
-  const Weigher weigher = scan.weigher(keys, h, scale, unit.best[h]);
-  for_each_bit(scan.chosen[c], [&](int g) {
-    const int slot = g * kGroupKeys;
-    marks.masks[h][g] = kernels().split(bounds + slot, keys.factors + slot, weigher, floor, scan.visible(c, g),
-                                        unit.draws[h] * scan.weight_of(c, g), marks.measure + slot);
-    if (tops[g / kBlockGroups] >= heavy) {
-      std::uint64_t mask;
-      kernels().select(bounds + slot, 1, static_cast<std::int16_t>(heavy), &mask);
-      marks.masks[h][g] |= mask;
-    }
-    marks.any[g] |= marks.masks[h][g];
-  });
-}
-
-// Largest distance above the floor of a head, of key i of group g.
-float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, int g, int i, const Marks& marks) {
+// Largest distance of the bound of a key above the floor of a head.
+float slack_of(const Unit& unit, const Scan& scan, std::int64_t position) {
+  const std::int64_t slot = position - scan.first_key(0), c = slot / kChunkKeys;
   float slack = -kInfinity;
   for (int h = 0; h < unit.queries.num; ++h) {
-    if ((marks.masks[h][g] >> i & 1u) == 0) continue;
-    const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + c * kChunkKeys + g * kGroupKeys + i]);
+    const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + slot]);
     slack = std::max(slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
   }
   return slack;
 }
 
+// Slots of the keys of a chunk that any head takes, to be looked at one by one.
+int take(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Taking* takings,
+         const std::int16_t* luck, std::int16_t* slots) {
+  const int num = unit.queries.num;
+  const std::int16_t* factors = scan.chunk(c).keys.factors;
+  Draw usual[kMaxGroup], draws[kMaxGroup];
+  for (int h = 0; h < num; ++h) usual[h] = takings[h].lot.draw;
+  int count = 0;
+  for (int b = 0; b < kBlocksPerChunk; ++b) {
+    const std::uint32_t chosen = scan.chosen[c] & (((1u << kBlockGroups) - 1) << b * kBlockGroups);
+    bool is_needed = false, is_heavy = false;
+    for (int h = 0; h < num; ++h) {
+      const int top = in.tops[h * in.tops_stride + b];
+      is_needed |= top >= takings[h].least_top;
+      is_heavy |= takings[h].draws() && top >= takings[h].sure;
+    }
+    if (!is_needed) continue;
+    for_each_bit(chosen, [&](int g) {
+      const int slot = g * kGroupKeys;
+      const float stands_for = scan.weight_of(c, g);
+      if (stands_for > 1.0f) {
+        const float log_times = std::log(stands_for);
+        for (int h = 0; h < num; ++h) {
+          draws[h] = usual[h];
+          if (takings[h].draws()) draws[h].floor = takings[h].lot.floor_raised(log_times);
+        }
+      }
+      std::uint64_t masks[kMaxGroup], any = 0;
+      kernels().draw(in.bounds + slot, in.stride, num, factors + slot, luck + slot, stands_for > 1.0f ? draws : usual,
+                     masks);
+      for (int h = 0; h < num; ++h) any |= masks[h];
+      for (int h = 0; is_heavy && h < num; ++h) {
+        if (!takings[h].draws() || takings[h].sure > 32767) continue;
+        kernels().select(in.bounds + h * in.stride + slot, 1, static_cast<std::int16_t>(takings[h].sure), masks);
+        any |= masks[0];
+      }
+      for_each_bit(any & scan.visible(c, g), [&](int i) { slots[count++] = static_cast<std::int16_t>(slot + i); });
+    });
+  }
+  return count;
+}
+
 }  // namespace
 
-std::int64_t refine(Unit& unit, const Task& task, float scale) {
-  Scan& scan = unit.scans[task.run];
-  std::vector<Candidate>& found = scan.found[task.slot];
-  found.reserve(kUsualCandidates);
-  float at = phase(unit, scan.first_key(task.begin));
-  std::int64_t num_drawn = 0;
-  const bool draws_any = unit.draws_any();
-  for (std::int64_t c = task.begin; c < task.end; ++c) {
-    Marks marks;
-    for_each_bit(draws_any ? scan.chosen[c] : 0, [&](int g) { std::fill_n(marks.measure + g * kGroupKeys, kGroupKeys, 0.0f); });
+std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, float scale,
+                    std::vector<Candidate>& found) {
+  if (scan.chosen[c] == 0) return 0;
+  const std::int16_t* factors = scan.chunk(c).keys.factors;
+  const bool draws_any = unit.draws_any(), draws_groups = scan.stands_for != nullptr && draws_any;
+  Taking takings[kMaxGroup];
+  for (int h = 0; h < unit.queries.num; ++h) takings[h] = how_to_take(unit, scan, c, h, scale);
+  std::int16_t slots[kChunkKeys];
+  float chances[kChunkKeys];
+  const std::int64_t first = scan.first_key(c);
+  const int count = take(unit, scan, c, in, takings, lucks_of_keys(unit.start + first), slots);
+  int group = -1;
+  float log_times = 0.0f;
+  for (int n = 0; draws_any && n < count; ++n) {
+    float chance = -kInfinity;
     for (int h = 0; h < unit.queries.num; ++h) {
-      if (unit.draws[h] > 0.0f) {
-        mark_by_weight(unit, scan, c, h, scale, marks);
-      } else {
-        mark_by_bound(unit, scan, c, h, marks);
-      }
+      chance = std::max(chance, takings[h].log_chance(in.bounds[h * in.stride + slots[n]], factors[slots[n]]));
     }
-    for_each_bit(scan.chosen[c], [&](int g) {
-      const std::int64_t first = scan.first_key(c) + g * kGroupKeys;
-      const std::uint64_t visible = scan.visible(c, g);
-      const float* measure = marks.measure + g * kGroupKeys;
-      std::uint64_t sure = marks.any[g] & visible, drawn = 0;
-      if (draws_any) drawn = kernels().draw(measure, sure | ~visible, &at, &sure);
-      const float stands_for = scan.weight_of(c, g);
-      const bool is_drawn = stands_for > 1.0f;  // the group, and so whatever is found in it
-      for_each_bit(sure, [&](int i) {
-        const float slack = is_drawn ? kInfinity : slack_of(unit, scan, c, g, i, marks);
-        found.push_back({static_cast<std::int32_t>(first + i), slack, stands_for});
-      });
-      for_each_bit(drawn, [&](int i) {
-        found.push_back({static_cast<std::int32_t>(first + i), kInfinity, stands_for / measure[i]});
-      });
-      num_drawn += __builtin_popcountll(drawn) + (is_drawn ? __builtin_popcountll(sure) : 0);
-    });
+    if (draws_groups && slots[n] / kGroupKeys != group) {
+      group = slots[n] / kGroupKeys;
+      log_times = std::log(scan.weight_of(c, group));
+    }
+    chances[n] = std::min(0.0f, chance + log_times);
+  }
+  if (draws_any) kernels().exponentiate(chances, count, 1.0f, 0.0f, -kInfinity);
+  std::int64_t num_drawn = 0;
+  for (int n = 0; n < count; ++n) {
+    // The group may have been drawn, and so whatever is found in it.
+    float inverse = scan.weight_of(c, slots[n] / kGroupKeys);
+    if (draws_any) inverse /= std::max(chances[n], kLeastChance);
+    num_drawn += inverse > 1.0f ? 1 : 0;
+    found.push_back({static_cast<std::int32_t>(first + slots[n]), inverse});
   }
   return num_drawn;
 }
 
 void keep(Unit& unit, std::size_t limit) {
-  std::vector<float> slacks;
-  std::size_t num_drawn = 0;
+  std::size_t num_found = 0, num_drawn = 0;
   for (Scan& scan : unit.scans) {
-    std::size_t num_found = 0;
-    for (const auto& found : scan.found) num_found += found.size();
-    slacks.reserve(slacks.size() + num_found);
-    scan.positions.reserve(std::min(num_found, limit));
-    scan.inverses.reserve(std::min(num_found, limit));
-    for (const auto& found : scan.found) {
-      for (const Candidate& candidate : found) {
-        if (candidate.is_drawn()) {
-          ++num_drawn;
-        } else {
-          slacks.push_back(candidate.slack);
+    std::size_t here = 0;
+    for (const auto& found : scan.found) here += found.size();
+    scan.positions.reserve(here);
+    scan.inverses.reserve(here);
+    num_found += here;
+  }
+  // Too many are only found in searches that have kept their bounds.
+  float least = -kInfinity;
+  std::size_t every = 1;
+  if (num_found > limit) {
+    std::vector<float> slacks;
+    for (const Scan& scan : unit.scans) {
+      for (const auto& found : scan.found) {
+        for (const Candidate& candidate : found) {
+          if (candidate.inverse > 1.0f) {
+            ++num_drawn;
+          } else {
+            slacks.push_back(slack_of(unit, scan, candidate.position));
+          }
         }
       }
     }
-  }
-  const std::size_t share = (limit + 1) / 2, every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
-  const std::size_t most = limit - num_drawn / every;
-  float least = -kInfinity;
-  if (slacks.size() > most) {
-    const auto nth = slacks.begin() + static_cast<std::ptrdiff_t>(most - 1);
-    std::nth_element(slacks.begin(), nth, slacks.end(), std::greater<float>());
-    least = *nth;
+    const std::size_t share = (limit + 1) / 2;
+    every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
+    const std::size_t most = limit - num_drawn / every;
+    if (slacks.size() > most) {
+      const auto nth = slacks.begin() + static_cast<std::ptrdiff_t>(most - 1);
+      std::nth_element(slacks.begin(), nth, slacks.end(), std::greater<float>());
+      least = *nth;
+    }
   }
   std::size_t turn = every / 2;
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    Scan& scan = unit.scans[s];
+  for (Scan& scan : unit.scans) {
     for (const auto& found : scan.found) {
-      for (const Candidate& candidate : found) {
-        if (candidate.slack < least || (candidate.is_drawn() && turn++ % every != 0)) continue;
-        scan.positions.push_back(candidate.position);
-        scan.inverses.push_back(candidate.is_drawn() ? candidate.inverse * static_cast<float>(every) : 1.0f);
+      for (const auto& [position, inverse] : found) {
+        const bool is_drawn = inverse > 1.0f;
+        if (num_found > limit && (is_drawn ? turn++ % every != 0 : slack_of(unit, scan, position) < least)) continue;
+        scan.positions.push_back(position);
+        scan.inverses.push_back(is_drawn ? inverse * static_cast<float>(every) : 1.0f);
       }
     }
   }

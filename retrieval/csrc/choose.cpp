@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "luck.h"
+
 namespace retrieval {
 namespace {
 
@@ -13,15 +15,20 @@ constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search
 constexpr std::int64_t kMeansAhead = 3;     // chunks
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
-constexpr float kKeysPerGroup = 3.0f;       // drawn from a drawn group, about
+constexpr float kKeysPerGroup = 6.0f;       // drawn from a drawn group, about
 constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
 
 // Codes that will be scanned soon, on their way from memory.
-void fetch(const CodeGroups& groups, int g, int head_dim, int bits) {
-  const int size = bits * plane_bytes(head_dim);
+void fetch(const CodeGroups& groups, int g, int head_dim) {
+  const int size = groups.bits * plane_bytes(head_dim);
   for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.planes + g * size + at, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);
+}
+
+void fetch(const CodeChunk& chunk) {
+  const auto* bytes = reinterpret_cast<const char*>(&chunk);
+  for (std::size_t at = 0; at < sizeof(CodeChunk); at += 64) __builtin_prefetch(bytes + at);
 }
 
 // Runs with a key that is unlike all others: how far such keys lie off the mean tells nothing about it.
@@ -32,6 +39,92 @@ std::uint64_t odd_runs(const CodeChunk& chunk, float radius) {
   return odd;
 }
 
+// Runs of chunk c where a key so many deviations above the mean would reach `distance` below the floor of any head.
+std::uint64_t runs_within(const Unit& unit, const Scan& scan, std::int64_t c, float deviations, float distance) {
+  const CodeChunk& chunk = scan.chunk(c);
+  Draw draws[kMaxGroup];
+  bool is_needed = false;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    const float unit_score = std::max(scan.level_unit(c, h), 1e-30f);
+    // However far it lies from the mean, a key scores no more above it than this times the radius.
+    float reach = scan.query.norm[h];
+    if (scan.query.radius > 0.0f) reach = std::min(reach, deviations * scan.query.own[h] / scan.query.radius);
+    const float steps = std::ceil(reach * chunk.radius_unit / unit_score * 32768.0f);
+    // The mean itself is known but for the error of its code. Both deviate by themselves, so their squares add up; of a
+    // narrow run the error is the larger part.
+    const float error = deviations * scan.query.means.deviation[h] * chunk.means.unit;
+    const float narrow = 0.5f * reach * scan.query.radius;
+    const float lowest = unit.group_floor[h] - distance - (std::hypot(narrow, error) - narrow);
+    const float floor = std::floor((lowest - scan.query.base[h]) / unit_score) - 2.0f;
+    if (steps > 32767.0f || floor < -32767.0f) return chunk.full_runs;
+    draws[h].lift = to_word(-steps);
+    draws[h].floor = to_word(floor);
+    is_needed |= static_cast<float>(scan.crests[h * scan.num_chunks + c]) + steps >= floor;
+  }
+  if (!is_needed) return 0;
+  static constexpr std::int16_t kNoLuck[kGroupKeys] = {};
+  std::uint64_t masks[kMaxGroup], any = 0;
+  kernels().draw(scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, unit.queries.num, chunk.radii, kNoLuck,
+                 draws, masks);
+  for (int h = 0; h < unit.queries.num; ++h) any |= masks[h];
+  return any & chunk.full_runs;
+}
+
+// Groups of chunk c, those in `left_out` excepted, that some head draws; each then stands for others.
+std::uint32_t draw_groups(const Unit& unit, const Scan& scan, std::int64_t c, std::uint32_t left_out, float scale) {
+  const CodeGroups& means = scan.chunk(c).means;
+  Lot lots[kMaxGroup];
+  Draw draws[kMaxGroup];
+  int num = 0, heads[kMaxGroup];
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if (unit.group_draws[h] == 0.0f) continue;
+    lots[h] = lot_above(unit.group_certain[h], scan.query.base[h], scan.level_unit(c, h), scan.query.means, h, scale);
+    draws[num] = lots[h].draw;
+    heads[num++] = h;
+  }
+  if (num == 0) return 0;
+  const std::int16_t* luck = lucks_of_groups(unit.start + scan.first_key(c) / kGroupKeys);
+  std::uint64_t runs = 0;
+  for (int n = 0; n < num; ++n) {
+    std::uint64_t mask;
+    kernels().draw(scan.levels + (heads[n] * scan.num_chunks + c) * kChunkRuns, 0, 1, means.factors, luck, draws + n,
+                   &mask);
+    runs |= mask;
+  }
+  std::uint32_t drawn = 0;
+  for_each_bit(runs & scan.chunk(c).full_runs, [&](int r) {
+    const int g = r / kRunsPerGroup;
+    if (((left_out | drawn) >> g & 1u) != 0) return;
+    drawn |= 1u << g;
+    float chance = -kInfinity;
+    for (int n = 0; n < num; ++n) {
+      const std::int16_t* levels = scan.levels + (heads[n] * scan.num_chunks + c) * kChunkRuns;
+      for (int each = kRunsPerGroup * g; each < kRunsPerGroup * (g + 1); ++each) {
+        if ((scan.chunk(c).full_runs >> each & 1u) == 0) continue;
+        chance = std::max(chance, lots[heads[n]].log_chance(levels[each], means.factors[each]));
+      }
+    }
+    scan.stands_for[c * kChunkGroups + g] = 1.0f / std::max(kLeastChance, std::exp(std::min(0.0f, chance)));
+  });
+  return drawn;
+}
+
+// Groups of chunk c that hold any of the runs.
+std::uint32_t groups_of(std::uint64_t runs) {
+  std::uint32_t groups = 0;
+  for_each_bit(runs, [&](int r) { groups |= 1u << r / kRunsPerGroup; });
+  return groups;
+}
+
+void choose_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const Budget& budget, float scale) {
+  const CodeChunk& chunk = scan.chunk(c);
+  std::uint64_t passed = ~chunk.full_runs | odd_runs(chunk, scan.query.radius);
+  passed |= runs_within(unit, scan, c, budget.reach, 0.0f);
+  passed |= runs_within(unit, scan, c, 0.5f * budget.reach, kNear / scale);
+  scan.chosen[c] |= groups_of(passed);
+  if (scan.stands_for != nullptr) scan.chosen[c] |= draw_groups(unit, scan, c, scan.chosen[c], scale);
+}
+
 }  // namespace
 
 void score_means(Unit& unit, const Task& task) {
@@ -39,10 +132,11 @@ void score_means(Unit& unit, const Task& task) {
   const int head_dim = unit.queries.head_dim;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeGroups& means = scan.chunk(c).means;
-    if (c + kMeansAhead < scan.num_chunks) fetch(scan.chunk(c + kMeansAhead).means, 0, head_dim, scan.part->codes->bits());
+    if (c + kMeansAhead < scan.num_chunks) fetch(scan.chunk(c + kMeansAhead).means, 0, head_dim);
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
-    kernels().scan(scan.query.tables.data(), scan.query.offsets, unit.queries.num, head_dim, scan.query.shift,
-                   reinterpret_cast<const std::uint8_t*>(means.planes), scan.part->codes->bits(), 1u, means.factors,
+    const CodeReading& reading = scan.query.means;
+    kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, head_dim, reading.shift,
+                   reinterpret_cast<const std::uint8_t*>(means.planes), means.bits, 1u, means.factors,
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) scan.crests[h * scan.num_chunks + c] = tops[h * kBlocksPerChunk];
   }
@@ -60,7 +154,7 @@ void choose_first(Unit& unit) {
   }
   const auto choose = [&](const Scan& scan, std::int64_t c, int g) {
     scan.chosen[c] |= 1u << g;
-    fetch(scan.chunk(c).keys, g, unit.queries.head_dim, scan.part->codes->bits());
+    fetch(scan.chunk(c).keys, g, unit.queries.head_dim);
   };
   for_sample_groups(unit, choose);
   std::vector<Crest> crests;
@@ -98,55 +192,41 @@ void set_group_floors(Unit& unit, float scale) {
       continue;
     }
     unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
-    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kRunKeys * std::exp(0.5f * variance);
+    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);
+    unit.group_certain[h] = unit.best[h] - std::log(unit.group_draws[h]) / scale;
   }
+}
+
+bool choose_by_best(Unit& unit, const Budget& budget, float scale) {
+  std::int64_t num_chosen = 0, num_groups = 0;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    unit.group_floor[h] = -kInfinity;
+    for (const Partial& partial : unit.partials) unit.group_floor[h] = std::max(unit.group_floor[h], partial.top[h]);
+    if (unit.group_floor[h] == -kInfinity) return false;
+  }
+  for (Scan& scan : unit.scans) {
+    std::fill_n(scan.chosen, scan.num_chunks, 0u);
+    num_groups += scan.num_chunks * kChunkGroups;
+  }
+  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
+  for (Scan& scan : unit.scans) {
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+      if (c + 1 < scan.num_chunks) fetch(scan.chunk(c + 1));
+      choose_chunk(unit, scan, c, budget, scale);
+      num_chosen += __builtin_popcount(scan.chosen[c]);
+      if (2 * num_chosen > num_groups) return false;
+    }
+  }
+  return true;
 }
 
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {
   Scan& scan = unit.scans[task.run];
-  const std::int64_t stride = scan.num_chunks * kChunkRuns;
-  float at = phase(unit, ~scan.first_key(task.begin));
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    const CodeChunk& chunk = scan.chunk(c);
-    float chances[kChunkRuns] = {}, unused[kChunkRuns] = {};
-    std::uint64_t passed = ~chunk.full_runs | odd_runs(chunk, scan.query.radius);
-    for (int h = 0; h < unit.queries.num; ++h) {
-      const std::int16_t* levels = scan.levels + h * stride + c * kChunkRuns;
-      const float crest = scan.crests[h * scan.num_chunks + c];
-      const auto pass = [&](float deviations, float floor) {
-        // However far it lies from the mean, a key scores no more above it than this times the radius.
-        float reach = scan.query.norm[h];
-        if (scan.query.radius > 0.0f) reach = std::min(reach, deviations * scan.query.own[h] / scan.query.radius);
-        const Weigher bound{scan.query.base[h], scan.level_unit(c, h), -reach * chunk.radius_unit};
-        if (bound.base + bound.slope * crest - bound.lift * kRadiusSteps < floor) return;
-        passed |= kernels().split(levels, chunk.radii, bound, floor, chunk.full_runs, 0.0f, unused);
-      };
-      pass(budget.reach, unit.group_floor[h]);
-      pass(0.5f * budget.reach, unit.group_floor[h] - kNear / scale);
-      if (unit.group_draws[h] == 0.0f) continue;
-      float mine[kChunkRuns] = {};
-      kernels().split(levels, chunk.means.factors, scan.weigher(chunk.means, h, scale, unit.best[h]), kInfinity,
-                      chunk.full_runs, unit.group_draws[h], mine);
-      // What is drawn for one head serves the others as well.
-      for (int r = 0; r < kChunkRuns; ++r) chances[r] = std::max(chances[r], mine[r]);
-    }
-    std::uint32_t chosen = scan.chosen[c];
-    for (int g = 0; g < kChunkGroups; ++g) {
-      if ((chosen >> g & 1u) != 0) continue;
-      if ((passed >> kRunsPerGroup * g & 3u) == 0) {
-        const float chance = chances[kRunsPerGroup * g] + chances[kRunsPerGroup * g + 1];
-        if (chance < 1.0f) {
-          at += chance;
-          if (at < 1.0f) continue;
-          at -= 1.0f;
-          scan.stands_for[c * kChunkGroups + g] = 1.0f / chance;
-        }
-      }
-      chosen |= 1u << g;
-    }
-    scan.chosen[c] = chosen;
-    if (__builtin_popcount(chosen) > kChunkGroups / 2) continue;
-    for_each_bit(chosen, [&](int g) { fetch(chunk.keys, g, unit.queries.head_dim, scan.part->codes->bits()); });
+    if (c + 1 < task.end) fetch(scan.chunk(c + 1));
+    choose_chunk(unit, scan, c, budget, scale);
+    if (__builtin_popcount(scan.chosen[c]) > kChunkGroups / 2) continue;
+    for_each_bit(scan.chosen[c], [&](int g) { fetch(scan.chunk(c).keys, g, unit.queries.head_dim); });
   }
 }
 

@@ -16,7 +16,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '6'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '7'};
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -58,15 +58,16 @@ Pages::~Pages() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
-// Codes of a run of keys before they are interleaved.
+// Codes of new keys before they are interleaved.
 struct LayerCodes::Encoded {
   std::vector<std::uint8_t> codes;  // [count][head_dim]
   std::vector<float> factors;
+  RunSummaries runs;                // that the new keys fill
+  std::vector<float> pending;       // HeadCodes::pending afterwards
 
-  void resize(std::int64_t count, int head_dim) {
-    codes.resize(static_cast<std::size_t>(count * head_dim));
-    factors.resize(static_cast<std::size_t>(count));
-  }
+  Encoded(std::int64_t count, std::int64_t num_runs, int head_dim)
+      : codes(static_cast<std::size_t>(count * head_dim)), factors(static_cast<std::size_t>(count)),
+        runs(num_runs, head_dim) {}
 };
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed)
@@ -104,8 +105,8 @@ std::int64_t LayerCodes::nbytes() const {
   auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
   for (const Pages& pages : pages_) total += static_cast<std::int64_t>(pages.bytes());
   for (const HeadCodes& head : heads_) {
-    total += static_cast<std::int64_t>((head.centroid.size() + head.scatter.size()) * sizeof(float) +
-                                       head.chunks.size() * sizeof(CodeChunk));
+    const std::size_t num_floats = head.centroid.size() + head.pending.size() + head.scatter.size();
+    total += static_cast<std::int64_t>(num_floats * sizeof(float) + head.chunks.size() * sizeof(CodeChunk));
   }
   return total;
 }
@@ -114,7 +115,10 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
                         std::int64_t count, Encoded& out) const {
   constexpr int kTogether = 4;
   const auto dims = static_cast<std::size_t>(head_dim_);
-  float centred[kTogether * kMaxHeadDim], mapped[kTogether * kMaxHeadDim];
+  float centred[kTogether * kMaxHeadDim], mapped[kTogether * kMaxHeadDim], run[kRunKeys * kMaxHeadDim];
+  const std::vector<float>& pending = heads_[static_cast<std::size_t>(head)].pending;
+  // Only the first keys can continue a run.
+  if (first == 0) std::copy(pending.begin(), pending.end(), run);
   for (std::int64_t i = first; i < first + count; i += kTogether) {
     const int num = static_cast<int>(std::min<std::int64_t>(kTogether, first + count - i));
     for (int t = 0; t < num; ++t) {
@@ -126,29 +130,36 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
     for (int t = 0; t < num; ++t) {
       std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i + t) * dims;
       out.factors[static_cast<std::size_t>(i + t)] = nearest_code(mapped + t * head_dim_, head_dim_, bits_, code);
+      const std::int64_t position = num_keys_ + i + t;
+      std::copy_n(mapped + t * head_dim_, dims, run + position % kRunKeys * head_dim_);
+      const std::int64_t number = position / kRunKeys;
+      if ((position + 1) % kRunKeys == 0) out.runs.fill(number - num_keys_ / kRunKeys, number, run);
     }
+  }
+  if (first + count == static_cast<std::int64_t>(out.factors.size())) {
+    out.pending.assign(run, run + (num_keys_ + first + count) % kRunKeys * head_dim_);
   }
   return true;
 }
 
 void LayerCodes::add_chunk(HeadCodes& head) {
   const std::size_t at = head.chunks.size();
-  const auto bytes = [&](int num_groups) {
-    return plane_total(num_groups) + static_cast<std::size_t>(num_groups * kGroupKeys) * sizeof(std::int16_t);
-  };
-  const std::size_t total = bytes(kChunkGroups) + bytes(1);
+  CodeChunk& chunk = head.chunks.emplace_back();
+  chunk.keys.num_groups = kChunkGroups;
+  chunk.keys.bits = bits_;
+  chunk.means.num_groups = 1;
+  chunk.means.bits = kMeanBits;
+  const std::size_t total = chunk.keys.nbytes(head_dim_) + chunk.means.nbytes(head_dim_);
   if (at == pages_.size()) pages_.emplace_back(heads_.size() * total);
   std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * total;
-  CodeChunk& chunk = head.chunks.emplace_back();
   for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-    groups->num_groups = groups == &chunk.keys ? kChunkGroups : 1;
     groups->planes = place;
-    groups->factors = reinterpret_cast<std::int16_t*>(place + plane_total(groups->num_groups));
-    place += bytes(groups->num_groups);
+    groups->factors = reinterpret_cast<std::int16_t*>(place + groups->plane_total(head_dim_));
+    place += groups->nbytes(head_dim_);
   }
 }
 
-void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits) {
+void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim) {
   for (int p = 0; p < bits; ++p) {
     auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
                   (slot / kGroupKeys * bits + p) * plane_bytes(head_dim) + slot % kGroupKeys;
@@ -195,9 +206,10 @@ void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_n
     const std::int64_t position = num_keys_ + i;
     CodeChunk& chunk = head.chunks[static_cast<std::size_t>(position / kChunkKeys)];
     chunk.keys.put(static_cast<int>(position % kChunkKeys), keys.codes.data() + i * head_dim_,
-                   keys.factors[static_cast<std::size_t>(i)], head_dim_, bits_);
-    if ((position + 1) % kRunKeys == 0) summarize(head, position / kRunKeys, head_dim_, bits_);
+                   keys.factors[static_cast<std::size_t>(i)], head_dim_);
   }
+  keys.runs.add_to(head, num_keys_ / kRunKeys);
+  head.pending = keys.pending;
 }
 
 void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, ThreadPool& pool) {
@@ -205,10 +217,13 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
   const std::lock_guard<std::mutex> one_writer(append_mutex_);
   const auto num_heads = static_cast<std::size_t>(num_kv_heads_);
   std::vector<std::vector<float>> centroids(num_heads);
-  std::vector<Encoded> encoded(num_heads);
+  std::vector<Encoded> encoded;
+  encoded.reserve(num_heads);
+  for (std::size_t h = 0; h < num_heads; ++h) {
+    encoded.emplace_back(num_new, (num_keys_ + num_new) / kRunKeys - num_keys_ / kRunKeys, head_dim_);
+  }
   pool.run(num_kv_heads_, [&](std::int64_t h) {
     const auto at = static_cast<std::size_t>(h);
-    encoded[at].resize(num_new, head_dim_);
     centroids[at] = heads_[at].centroid;
     if (!centroids[at].empty()) return;
     // The mean of the first keys; a wrong one costs precision, never correctness.
@@ -218,13 +233,15 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
     kernels().accumulate(weights.data(), 0, 1, heads[at], nullptr, 0, static_cast<int>(weights.size()),
                          centroids[at].data());
   });
-  const std::int64_t tasks_per_head = (num_new + kEncodeKeys - 1) / kEncodeKeys;
+  // Tasks end where runs do.
+  const std::int64_t before = num_keys_ % kEncodeKeys;
+  const std::int64_t tasks_per_head = (before + num_new + kEncodeKeys - 1) / kEncodeKeys;
   std::atomic<bool> is_finite{true};
   pool.run(num_kv_heads_ * tasks_per_head, [&](std::int64_t task) {
     const auto at = static_cast<std::size_t>(task / tasks_per_head);
-    const std::int64_t first = task % tasks_per_head * kEncodeKeys;
-    const std::int64_t count = std::min(kEncodeKeys, num_new - first);
-    if (!encode(static_cast<int>(at), heads[at], centroids[at], first, count, encoded[at])) is_finite = false;
+    const std::int64_t start = task % tasks_per_head * kEncodeKeys - before;
+    const std::int64_t first = std::max<std::int64_t>(0, start), end = std::min(start + kEncodeKeys, num_new);
+    if (!encode(static_cast<int>(at), heads[at], centroids[at], first, end - first, encoded[at])) is_finite = false;
   });
   if (!is_finite) throw std::invalid_argument("keys hold NaN or infinity");
   const std::unique_lock<std::shared_mutex> lock(mutex_);
@@ -249,13 +266,13 @@ std::string LayerCodes::save() const {
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) {
       put(head.centroid.data(), head.centroid.size() * sizeof(float));
+      put(head.pending.data(), head.pending.size() * sizeof(float));
       put(&head.num_scattered, sizeof(head.num_scattered));
       put(head.scatter.data(), head.scatter.size() * sizeof(float));
     }
     for (const CodeChunk& chunk : head.chunks) {
       for (const CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        put(groups->planes, plane_total(groups->num_groups));
-        put(groups->factors, static_cast<std::size_t>(groups->num_groups * kGroupKeys) * sizeof(std::int16_t));
+        put(groups->planes, groups->nbytes(head_dim_));
         put(&groups->unit, sizeof(float));
       }
       put(chunk.radii, sizeof(chunk.radii));
@@ -295,17 +312,18 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     if (header[4] == 0) break;
     head.centroid.resize(static_cast<std::size_t>(codes->head_dim_));
     take(head.centroid.data(), head.centroid.size() * sizeof(float));
+    head.pending.resize(static_cast<std::size_t>(header[4] % kRunKeys * codes->head_dim_));
+    take(head.pending.data(), head.pending.size() * sizeof(float));
     take(&head.num_scattered, sizeof(head.num_scattered));
     if (head.num_scattered != header[4] / kRunKeys) throw std::invalid_argument("damaged codes");
     head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
     take(head.scatter.data(), head.scatter.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      if (size - at < codes->plane_total(kChunkGroups)) throw std::invalid_argument("truncated codes");
+      if (size - at < static_cast<std::size_t>(kChunkKeys)) throw std::invalid_argument("truncated codes");
       codes->add_chunk(head);
       CodeChunk& chunk = head.chunks.back();
       for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        take(groups->planes, codes->plane_total(groups->num_groups));
-        take(groups->factors, static_cast<std::size_t>(groups->num_groups * kGroupKeys) * sizeof(std::int16_t));
+        take(groups->planes, groups->nbytes(codes->head_dim_));
         take(&groups->unit, sizeof(float));
       }
       take(chunk.radii, sizeof(chunk.radii));
@@ -322,13 +340,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
 CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations) {
   const int dims = codes.head_dim();
   const int num_tables = dims / 4;
-  const auto top_code = static_cast<float>((1 << codes.bits()) - 1);
-  // |u| sqrt((1 - a^2) / (d - 1)) is 0.60 to 0.65 on average for 1 to 4 bits, give or take 0.05.
-  constexpr float kMeanError = 0.63f, kLargeError = 0.7f;
   CodeQuery out;
   out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
-  float offsets[kMaxGroup];
-  float largest = 1.0f;
+  float steps[kMaxGroup], lowest[kMaxGroup] = {}, total[kMaxGroup] = {};
   float mapped[kMaxGroup * kMaxHeadDim];
   apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
   out.radius = own_radius(codes.head(head), dims);
@@ -336,19 +350,19 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
   for (int h = 0; h < queries.num; ++h) {
     const float* rotated = mapped + h * dims;
     out.base[h] = dot(queries.values + h * dims, codes.head(head).centroid.data(), dims);
-    const float norm = out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
-    float range = 0.0f, total = 0.0f, lowest = 0.0f;
+    out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
+    float range = 0.0f;
     for (int s = 0; s < num_tables; ++s) {
       float piece = 0.0f;
       for (int j = 4 * s; j < 4 * s + 4; ++j) {
         piece += std::fabs(rotated[j]);
-        total += rotated[j];
-        lowest += std::min(0.0f, rotated[j]);
+        total[h] += rotated[j];
+        lowest[h] += std::min(0.0f, rotated[j]);
       }
       range = std::max(range, piece);
     }
     // A table holds the sums over the subsets of four coordinates, shifted to begin at zero.
-    const float step = std::max(range / kTableLevels, 1e-30f);
+    const float step = steps[h] = std::max(range / kTableLevels, 1e-30f);
     for (int s = 0; s < num_tables; ++s) {
       const float* q = rotated + 4 * s;
       std::uint8_t* table = out.tables.data() + static_cast<std::ptrdiff_t>(h * num_tables + s) * 16;
@@ -360,23 +374,32 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
         table[subset] = static_cast<std::uint8_t>(sum / step + 0.5f);
       }
     }
-    // <u, q'> = 2 step * sum + least; rounding the tables adds a deviation of its own, plane by plane.
-    const float least = top_code * (2.0f * lowest - total);
-    const float planes = top_code * (top_code + 2.0f) / 3.0f;  // sum of 4^p
-    const float rounding = 2.0f * step * std::sqrt(static_cast<float>(num_tables) / 12.0f * planes);
-    out.deviation[h] = std::hypot(kMeanError * norm, rounding);
-    const float reach = deviations * std::hypot(kLargeError * norm, rounding);
-    out.slope[h] = 2.0f * step;
-    const float most = static_cast<float>(num_tables * kTableLevels) * top_code;
-    // A bound beyond 16 bits is cut; only deviations of hundreds lead there.
-    offsets[h] = std::clamp(std::ceil((least + reach) / out.slope[h]), -32767.0f, 32767.0f - most);
-    out.lift[h] = offsets[h] * out.slope[h] - least;
-    largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + most)});
   }
-  while (out.shift < 14 && largest * static_cast<float>(2 << out.shift) <= 32767.0f) ++out.shift;
-  for (int h = 0; h < queries.num; ++h) {
-    out.offsets[h] = static_cast<std::int16_t>(offsets[h]);
-    out.slope[h] /= static_cast<float>(1 << out.shift);
+  for (CodeReading* reading : {&out.keys, &out.means}) {
+    const int bits = reading == &out.keys ? codes.bits() : kMeanBits;
+    const auto top_code = static_cast<float>((1 << bits) - 1);
+    const float planes = top_code * (top_code + 2.0f) / 3.0f;  // sum of 4^p
+    const float most = static_cast<float>(num_tables * kTableLevels) * top_code;
+    float offsets[kMaxGroup], largest = 1.0f;
+    for (int h = 0; h < queries.num; ++h) {
+      // |u| sqrt((1 - a^2) / (d - 1)) is 0.60 to 0.65 on average for 1 to 4 bits, give or take 0.05.
+      constexpr float kMeanError = 0.63f, kLargeError = 0.7f;
+      // <u, q'> = 2 step * sum + least; rounding the tables adds a deviation of its own, plane by plane.
+      const float least = top_code * (2.0f * lowest[h] - total[h]);
+      const float rounding = 2.0f * steps[h] * std::sqrt(static_cast<float>(num_tables) / 12.0f * planes);
+      const float reach = (reading == &out.keys ? deviations : 0.0f) * std::hypot(kLargeError * out.norm[h], rounding);
+      reading->deviation[h] = std::hypot(kMeanError * out.norm[h], rounding);
+      reading->slope[h] = 2.0f * steps[h];
+      // A bound beyond 16 bits is cut; only deviations of hundreds lead there.
+      offsets[h] = std::clamp(std::ceil((least + reach) / reading->slope[h]), -32767.0f, 32767.0f - most);
+      reading->lift[h] = offsets[h] * reading->slope[h] - least;
+      largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + most)});
+    }
+    while (reading->shift < 14 && largest * static_cast<float>(2 << reading->shift) <= 32767.0f) ++reading->shift;
+    for (int h = 0; h < queries.num; ++h) {
+      reading->offsets[h] = static_cast<std::int16_t>(offsets[h]);
+      reading->slope[h] /= static_cast<float>(1 << reading->shift);
+    }
   }
   return out;
 }

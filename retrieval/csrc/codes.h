@@ -13,7 +13,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -31,6 +30,7 @@ inline constexpr int kRunKeys = 32;  // neighbours whose mean is kept
 inline constexpr int kChunkRuns = kChunkKeys / kRunKeys;
 inline constexpr float kRadiusSteps = 32000.0f;  // of the largest radius of a run in a chunk
 inline constexpr int kMaxBits = 4;
+inline constexpr int kMeanBits = 3;  // of means, whose errors all keys of a run share
 
 // Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
 // between what lives for a call.
@@ -53,10 +53,15 @@ struct CodeGroups {
   std::byte* planes = nullptr;        // [num_groups][bits][plane_bytes]
   std::int16_t* factors = nullptr;    // [num_groups * kGroupKeys], f in units of unit / 2^15
   float unit = 0.0f;                  // above every f in here
-  int num_groups = 0;
+  int num_groups = 0, bits = 0;
 
-  // Puts a code [head_dim] of `bits` bits into a slot; slots are filled in order.
-  void put(int slot, const std::uint8_t* code, float factor, int head_dim, int bits);
+  std::size_t num_factors() const { return static_cast<std::size_t>(num_groups * kGroupKeys); }
+  std::size_t plane_total(int head_dim) const {
+    return static_cast<std::size_t>(num_groups * bits * plane_bytes(head_dim));
+  }
+  std::size_t nbytes(int head_dim) const { return plane_total(head_dim) + num_factors() * sizeof(std::int16_t); }
+  // Puts a code [head_dim] into a slot; slots are filled in order.
+  void put(int slot, const std::uint8_t* code, float factor, int head_dim);
 };
 
 // 2048 keys of one head, and what each full run of 32 of them has in common (summary.h).
@@ -70,7 +75,8 @@ struct CodeChunk {
 // Codes of one head; read under LayerCodes' lock.
 struct HeadCodes {
   std::vector<float> centroid;     // [head_dim]
-  std::deque<CodeChunk> chunks;    // their arrays are the layer's
+  std::vector<CodeChunk> chunks;   // their arrays are the layer's
+  std::vector<float> pending;      // [num_keys % kRunKeys][head_dim]: keys of the run that is not yet full, as encoded
   std::vector<float> scatter;      // [head_dim][head_dim]: covariance of keys round the means of their runs, as a sum
   std::int64_t num_scattered = 0;  // over so many keys
 };
@@ -117,9 +123,6 @@ class LayerCodes {
               Encoded& out) const;
   void splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new);
   void add_chunk(HeadCodes& head);
-  std::size_t plane_total(int num_groups) const {
-    return static_cast<std::size_t>(bits_ * num_groups * plane_bytes(head_dim_));
-  }
   std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
   int num_kv_heads_, head_dim_, bits_;
@@ -136,18 +139,24 @@ class LayerCodes {
 // Nearest code [head_dim] to r, a centred and rotated key, and its factor f; 0 if r is zero.
 float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code);
 
-// A group's queries against the codes of one head: what scan, split and the means of runs need.
-struct CodeQuery {
-  std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
+// How the sums that scan finds in codes of so many bits become scores, and how far off they may be.
+struct CodeReading {
   std::int16_t offsets[kMaxGroup] = {};
   int shift = 0;
-  float base[kMaxGroup] = {};       // <q, centroid>
   float slope[kMaxGroup] = {};      // bound = base + slope * unit * integer bound
   float lift[kMaxGroup] = {};       // what was added to <u, q'> to make an estimate a bound
   float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
-  float norm[kMaxGroup] = {};       // |q'|
-  float own[kMaxGroup] = {};        // deviation of a key's score from that of its run's mean; 0 if unknown
-  float radius = 0.0f;              // root mean square distance of keys from the means of their runs
+};
+
+// A group's queries against the codes of one head: what scan, split and the means of runs need.
+struct CodeQuery {
+  std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
+  CodeReading keys;                  // as bounds
+  CodeReading means;                 // as estimates
+  float base[kMaxGroup] = {};        // <q, centroid>
+  float norm[kMaxGroup] = {};        // |q'|
+  float own[kMaxGroup] = {};         // deviation of a key's score from that of its run's mean; 0 if unknown
+  float radius = 0.0f;               // root mean square distance of keys from the means of their runs
 };
 
 // deviations: how many standard deviations above its estimate a key may score and still be found.

@@ -45,10 +45,16 @@ struct Weigher {
   float base, slope, lift;
 };
 
+// What a query asks of the keys that it takes (draw); without lift and spread, a bound of at least floor.
+struct Draw {
+  std::int16_t floor = -32768, lift = 0, spread = 0;
+  int doublings = 0;
+};
+
 struct Kernels {
   const char* name;
 
-  // out[h * stride + i] = <query h, row>, row = positions ? positions[i] : first + i.
+  // out[h * stride + i] = <query h, row>, row = positions ? positions[i] : first + i. Of any head_dim.
   void (*score)(const Queries& queries, const Rows& rows, const std::int32_t* positions, std::int64_t first, int n,
                 float* out, int stride);
 
@@ -76,9 +82,11 @@ struct Kernels {
   std::uint64_t (*split)(const std::int16_t* bounds, const std::int16_t* factors, const Weigher& weigher, float floor,
                          std::uint64_t visible, float inverse, float* measure);
 
-  // Systematic draw from 64 keys, those in `left_out` excepted: *at grows by measure[i], and each time it reaches 1
-  // key i is drawn and 1 subtracted. Keys of a measure of 1 and more are put into *sure instead.
-  std::uint64_t (*draw)(const float* measure, std::uint64_t left_out, float* at, std::uint64_t* sure);
+  // Of 64 keys and for each of num queries h, those that reach a limit by estimate and luck, as bits of masks[h]:
+  // bounds[h * stride + i] - factors[i] * lift / 2^15 + luck[i] * spread / 2^15 * 2^doublings >= floor, where products
+  // are rounded and sums and doublings stay within 16 bits.
+  void (*draw)(const std::int16_t* bounds, std::int64_t stride, int num, const std::int16_t* factors,
+               const std::int16_t* luck, const Draw* draws, std::uint64_t* masks);
 
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);

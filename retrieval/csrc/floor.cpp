@@ -12,7 +12,6 @@ namespace {
 constexpr int kProbes = 16;                // keys rescored to find the threshold
 constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the drawn part may be off by
 constexpr float kHeavy = 0.02f;             // share of all weight
-constexpr float kHigher = 3.0f;             // nats that the best key of a head that draws may turn out higher
 constexpr float kLargestVariance = 4.0f;    // nats squared
 
 // The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
@@ -22,6 +21,10 @@ void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
     const std::size_t first = tops.size();
     tops.resize(first + static_cast<std::size_t>(scan.tops_stride()));
     for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+      if (scan.chosen[c] == 0) {
+        std::fill_n(tops.data() + first + c * kBlocksPerChunk, kBlocksPerChunk, -kInfinity);
+        continue;
+      }
       const float factor = scan.bound_unit(c, h);
       const std::int16_t* found = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
       float* out = tops.data() + first + c * kBlocksPerChunk;
@@ -147,14 +150,14 @@ Sample take_sample(const Unit& unit, int h, float rest, float scale) {
     if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
     const std::uint64_t visible = scan.visible(c, g);
     sample.weights.resize(sample.weights.size() + kGroupKeys, 0.0f);
-    kernels().split(bounds, factors, scan.weigher(keys, h, scale, unit.best[h]), kInfinity, visible & ~seen, 1.0f,
+    kernels().split(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible & ~seen, 1.0f,
                     &sample.weights[sample.weights.size() - kGroupKeys]);
     sample.num_keys += __builtin_popcountll(visible);
     float squares = 0.0f;
     for (int i = 0; i < kGroupKeys; i += kEvery) {
       squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
     }
-    const float deviation = scale * scan.query.deviation[h] * keys.unit / 32768.0f;
+    const float deviation = scale * scan.query.keys.deviation[h] * keys.unit / 32768.0f;
     sample.variance += deviation * deviation * squares;
   });
   return sample;
@@ -228,22 +231,6 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
 }
 
 }  // namespace
-
-bool is_settled(const Unit& unit, int h, float scale) {
-  // A head that draws takes a key above its floor for certain, however good it is.
-  const float limit = unit.best[h] + (unit.draws[h] > 0.0f ? kHigher / scale : 0.0f);
-  for (const Scan& scan : unit.scans) {
-    const std::int16_t* tops = scan.tops + h * scan.tops_stride();
-    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-      if (scan.chosen[c] == 0) continue;
-      const int threshold = scan.threshold(c, h, limit);
-      for (std::int64_t b = c * kBlocksPerChunk; b < (c + 1) * kBlocksPerChunk; ++b) {
-        if (tops[b] > threshold) return false;
-      }
-    }
-  }
-  return true;
-}
 
 float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {
   const float floor = k > 0 ? kInfinity : best - budget.beta / scale;

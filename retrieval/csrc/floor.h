@@ -12,9 +12,6 @@ namespace retrieval {
 // widely draws its keys.
 void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, bool may_draw);
 
-// Whether no key scanned since then can have changed what find_floor found for head h.
-bool is_settled(const Unit& unit, int h, float scale);
-
 // The score that a key must reach, given the best one and some scores; the order of scores is lost.
 float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale);
 

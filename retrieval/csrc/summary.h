@@ -1,20 +1,34 @@
 // What the 32 keys of a run have in common: neighbours in a text are alike, so the mean of a run tells what its keys
 // can score at most, and what they weigh, before any of them is looked at. Means are kept as codes, like keys.
 //
-// All of it comes from the codes, so it is the same however the keys were appended. Rotated and centred, a key lies
-// within `radius` of its run's mean; how far it lies in the direction of one query follows from the scatter of all
-// keys round the means of their runs.
+// Rotated and centred, a key lies within `radius` of its run's mean; how far it lies in the direction of one query
+// follows from the scatter of all keys round the means of their runs. Both come from the keys themselves: the errors
+// of their codes would widen every run.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "codes.h"
 
 namespace retrieval {
 
-// Fills the mean and the radius of a run, counted from the first key, which must be full, and adds to the scatter.
-// Runs are to be summarized in order.
-void summarize(HeadCodes& head, std::int64_t run, int head_dim, int bits);
+// Full runs on their way into the codes of a head.
+class RunSummaries {
+ public:
+  RunSummaries(std::int64_t num_runs, int head_dim);
+  // Summarizes run `at` from its keys [kRunKeys][head_dim], as encoded; number: its place among all runs of the head.
+  // Runs may be filled in any order, and at the same time.
+  void fill(std::int64_t at, std::int64_t number, const float* keys);
+  // Puts them behind the first `num_runs` of a head, whose chunks are there.
+  void add_to(HeadCodes& head, std::int64_t num_runs) const;
+
+ private:
+  int head_dim_;
+  std::vector<std::uint8_t> codes_;        // [num_runs][head_dim], of the means
+  std::vector<float> factors_, radii_;     // [num_runs]
+  std::vector<float> offsets_;             // [num_runs][head_dim]: a key of the run less the mean
+};
 
 // Root mean square distance of keys from the means of their runs; 0 if there is none.
 float own_radius(const HeadCodes& head, int head_dim);

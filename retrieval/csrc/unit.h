@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -37,10 +36,15 @@ struct Partial {
 
 struct Candidate {
   std::int32_t position;
-  float slack;     // largest distance of its bound above the floor of a head; infinite if drawn
-  float inverse;   // one over the chance that it was drawn; 1 if it passed a floor
+  float inverse;  // one over the chance that it was drawn; 1 if it was not left to chance
+};
 
-  bool is_drawn() const { return slack == kInfinity; }
+// Integer bounds of a chunk, each head's a stride apart.
+struct ChunkBounds {
+  std::int16_t* bounds;  // [num][kChunkKeys]
+  std::int64_t stride;
+  std::int16_t* tops;    // [num][kBlocksPerChunk] the largest of each block
+  std::int64_t tops_stride;
 };
 
 // One searched part, seen by one unit.
@@ -55,7 +59,7 @@ struct Scan {
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::uint32_t* chosen = nullptr; // [num_chunks], bit g: group g is scanned; the rest are ruled out, or stood for
   // Only where groups are chosen:
-  std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] bounds of the means of runs
+  std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] estimates of the means of runs
   std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<std::vector<Candidate>> found;  // by chunk task
@@ -65,9 +69,12 @@ struct Scan {
 
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
   std::int64_t tops_stride() const { return num_chunks * kBlocksPerChunk; }
+  ChunkBounds bounds_of(std::int64_t i) const {
+    return {bounds + i * kChunkKeys, stride(), tops + i * kBlocksPerChunk, tops_stride()};
+  }
   const CodeChunk& chunk(std::int64_t i) const { return codes->chunks[static_cast<std::size_t>(first_chunk + i)]; }
-  float bound_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).keys.unit; }
-  float level_unit(std::int64_t i, int h) const { return query.slope[h] * chunk(i).means.unit; }
+  float bound_unit(std::int64_t i, int h) const { return query.keys.slope[h] * chunk(i).keys.unit; }
+  float level_unit(std::int64_t i, int h) const { return query.means.slope[h] * chunk(i).means.unit; }
 
   std::int64_t first_key(std::int64_t chunk) const { return (first_chunk + chunk) * kChunkKeys; }
 
@@ -79,11 +86,11 @@ struct Scan {
     return stands_for != nullptr ? stands_for[i * kChunkGroups + g] : 1.0f;
   }
 
-  // How bounds of some groups become weights relative to a key of score `best`.
-  Weigher weigher(const CodeGroups& groups, int h, float scale, float best) const {
+  // How bounds of chunk i become weights relative to a key of score `best`.
+  Weigher weigher(std::int64_t i, int h, float scale, float best) const {
     const float unit = scale * kLog2E;
-    return {unit * (query.base[h] - best), unit * query.slope[h] * groups.unit,
-            unit * query.lift[h] * groups.unit / 32768.0f};
+    return {unit * (query.base[h] - best), unit * bound_unit(i, h),
+            unit * query.keys.lift[h] * chunk(i).keys.unit / 32768.0f};
   }
 
   // Integer bounds of chunk i that reach `floor` are those >= the result; above 32767: none does.
@@ -108,9 +115,12 @@ struct Unit {
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
   float total[kMaxGroup] = {};  // of all weights relative to the best one, about; of heads that draw
   std::int64_t num_probed[kMaxGroup] = {};
-  bool will_choose = false;     // groups to scan, instead of scanning all
+  enum class Choice { kAll, kByBest, kByFirst } choice = Choice::kAll;  // of the groups to scan (choose.h)
+  bool is_refined = false;      // candidates have been listed
+  std::int64_t start = 0;       // of luck in draws
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
   float group_draws[kMaxGroup] = {};  // per weight of such a group: it is drawn with that chance
+  float group_certain[kMaxGroup] = {};  // estimates of means where that chance is 1
 
   bool draws_any() const {
     return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });
@@ -137,16 +147,6 @@ void for_sample_groups(const Unit& unit, Visit visit) {
     }
     group -= scan.num_chunks * kChunkGroups;
   }
-}
-
-// Somewhere in [0, 1), the same for the same step: where a systematic draw begins.
-inline float phase(const Unit& unit, std::int64_t salt) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &unit.best[0], sizeof(bits));
-  std::uint64_t z = (static_cast<std::uint64_t>(bits) << 32) + static_cast<std::uint64_t>(salt);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<float>(z >> 40) * 0x1p-24f;
 }
 
 template <typename Visit>

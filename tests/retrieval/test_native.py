@@ -250,13 +250,14 @@ def test_a_head_that_looks_widely_draws_its_keys(level: str, head_dim: int) -> N
     out, lse, stats = attend(queries, parts)
     error = (out - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
     assert error.mean() < 0.06
-    torch.testing.assert_close(lse, expected[1], rtol=0, atol=0.03)
-    assert 0.8 * 2 * 1536 * 8 < stats.num_drawn < 1.3 * 2 * 1536 * 8
+    # A sample of 2000 keys is off by 2 %, now and then by four times that.
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=0.08)
+    assert 2048 * 8 < stats.num_drawn < 2 * 2048 * 8  # the two heads of a group share some
     assert torch.equal(attend(queries, parts)[0], out)  # drawn alike for the same step
     assert attend(queries, parts, rest=0.0, max_keys=20_000)[2].num_drawn == 0
 
 
-def test_what_is_drawn_is_right_on_average() -> None:
+def test_what_is_drawn_is_right_on_average(level: str) -> None:
     queries, keys, values = wide(20_000, 64, 100)
     expected = twin(queries, [[ExactPart(keys, values, 0, 20_000)]] * 100)
     out, lse, _ = attend(queries, [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 100, rest_keys=200)

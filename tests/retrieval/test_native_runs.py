@@ -13,6 +13,8 @@ _core = pytest.importorskip("retrieval._core")
 NUM_KEYS, HEAD_DIM, NUM_KV_HEADS, GROUP = 24_000, 64, 2, 2
 RUN_KEYS = 32
 SCALE = HEAD_DIM**-0.5
+# Of a search with so many products some groups are scanned first; in a smaller one the window's best key counts.
+BY_FIRST, BY_BEST = 1 << 20, 1 << 60
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -44,7 +46,7 @@ def codes_of(keys: Tensor, chunk: int = 5000) -> Any:
 def attend(queries: Tensor, parts: list[Any], **budget: float) -> tuple[Tensor, Tensor, list[Any]]:
     """Each row of `queries` by itself, as a decode step does."""
     out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:2])
-    budget = {"reach_products": 1 << 20, **budget}  # few enough that these small cases are not scanned whole
+    budget = {"reach_products": BY_FIRST, **budget}
     stats = [
         _core.attend_layer(queries[i : i + 1], [parts], SCALE, out[i : i + 1], lse[i : i + 1], _core.Budget(**budget))
         for i in range(len(queries))
@@ -100,14 +102,15 @@ def test_long_key_among_short_ones_is_found() -> None:
     assert errors(out, expected).max() < 1e-3
 
 
-def test_what_the_window_outweighs_is_hardly_looked_at() -> None:
+@pytest.mark.parametrize("reach_products", [BY_FIRST, BY_BEST])
+def test_what_the_window_outweighs_is_hardly_looked_at(reach_products: int) -> None:
     keys, values = topical()
     queries = questions(keys, 4, 1.0)
     near = queries.unflatten(1, (NUM_KV_HEADS, GROUP)).mean(dim=2).transpose(0, 1) * 8.0  # [kv_heads, 4, d]
     near_values = normal(NUM_KV_HEADS, 4, HEAD_DIM, seed=6)
     parts = [_core.Part(near.contiguous(), near_values, 0, 4), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))]
     expected, expected_lse = exact(queries, torch.cat((near, keys), dim=1), torch.cat((near_values, values), dim=1))
-    out, lse, stats = attend(queries, parts)
+    out, lse, stats = attend(queries, parts, reach_products=reach_products)
     _, _, everything = attend(queries, parts, reach=0)
     assert errors(out, expected).max() < 1e-3
     assert torch.allclose(lse, expected_lse, atol=1e-3)
@@ -127,6 +130,35 @@ def test_groups_that_are_drawn_stand_for_the_others() -> None:
     ratios = (lse - expected).exp()
     assert abs(ratios.mean() - 1) < 0.015
     assert ratios.std() < 0.15
+
+
+def test_window_does_not_hide_that_a_head_looks_widely() -> None:
+    """No single key comes near the window's best one; all together they outweigh it."""
+    keys, values = topical(60_000)
+    queries = 0.5 * normal(20, NUM_KV_HEADS * GROUP, HEAD_DIM, seed=13)
+    grouped = queries.unflatten(1, (NUM_KV_HEADS, GROUP)).transpose(0, 1)  # [kv_heads, 20, group, d]
+    for i in range(len(queries)):
+        near = 12.0 / SCALE * torch.linalg.pinv(grouped[:, i]).sum(dim=2)[:, None]  # 12 nats for both heads of a group
+        near_values = normal(NUM_KV_HEADS, 1, HEAD_DIM, seed=6)
+        parts = [_core.Part(near, near_values, 0, 1), _core.Part(keys, values, 0, 60_000, codes_of(keys, 60_000))]
+        every = torch.cat((near, keys), dim=1), torch.cat((near_values, values), dim=1)
+        _, expected = exact(queries[i : i + 1], *every)
+        _, lse, stats = attend(queries[i : i + 1], parts, reach_products=BY_BEST)
+        assert (expected > 12.0 + 0.2).all()  # a fifth of the weight at least is not the window's
+        assert stats[0].num_drawn > 0
+        assert (lse - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("reach_products", [BY_FIRST, BY_BEST])
+def test_more_candidates_than_the_budget_has(reach_products: int) -> None:
+    keys, values = topical()
+    queries, part = questions(keys, 6, 3.0), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))
+    expected, _ = exact(queries, keys, values)
+    budget: dict[str, Any] = {"rest": 0.0, "beta": 40.0, "max_keys": 3000}
+    out, _, stats = attend(queries, [part], reach_products=reach_products, **budget)
+    plain, _, _ = attend(queries, [part], reach=0, **budget)
+    assert all(each.num_scored <= (3000 + 64) * NUM_KV_HEADS * GROUP for each in stats)
+    assert errors(out, expected).mean() < errors(plain, expected).mean() + 0.01
 
 
 @pytest.mark.parametrize("end", [16_384, 17_001, 23_999])
@@ -163,6 +195,15 @@ def test_pieces_and_files_change_nothing() -> None:
         assert torch.equal(out, answers[0][0])
         assert torch.equal(lse, answers[0][1])
         assert num_bytes == answers[0][2]
+
+
+def test_run_that_a_file_cuts_in_two_is_continued() -> None:
+    keys, _ = topical()
+    first = _core.LayerCodes(NUM_KV_HEADS, HEAD_DIM, 2, 0)
+    first.append(keys[:, :9_013].contiguous())
+    loaded = _core.LayerCodes.load(first.save())
+    loaded.append(keys[:, 9_013:].contiguous())
+    assert loaded.save() == codes_of(keys, NUM_KEYS).save()
 
 
 def test_result_does_not_depend_on_threads() -> None:
