@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,13 +24,6 @@ class FusedLayer:
     scale: float
     sliding_window: int | None
 
-    def widened(self) -> FusedLayer:
-        """A float32 copy."""
-        tensors: dict[str, Any] = {
-            f.name: value.float() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **tensors)
-
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -42,10 +34,3 @@ class Weights:
     norm: Tensor
     head: Tensor  # [vocab_size, hidden]
     head_bias: Tensor | None
-
-    def widened(self) -> Weights:
-        """A float32 copy; a tied embedding stays one tensor."""
-        embedding = self.embedding.float()
-        head = embedding if self.head is self.embedding else self.head.float()
-        bias = None if self.head_bias is None else self.head_bias.float()
-        return Weights(embedding, [layer.widened() for layer in self.layers], self.norm.float(), head, bias)

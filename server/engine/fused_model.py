@@ -4,9 +4,8 @@ Made from a loaded transformers model, whose weights it shares or concatenates; 
 forward up to rounding. Exists because a small model's decode step is all dispatch: transformers' forward costs
 a few milliseconds whatever the context. A model it does not know runs through transformers.
 
-Decode steps of a small model on a CPU have a pass of their own, in float32 over a float32 copy of the weights: a
-product with a handful of rows is two to four times faster there than oneDNN's in bfloat16, which pays only for large
-ones.
+Decode steps of a small model on a CPU have a pass of their own (decode_pass.py): a product with a handful of rows is
+several times faster there than oneDNN's in bfloat16, which pays only for large ones.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from server.engine.workspace import HEAP, Room, Workspace
 KNOWN_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYER_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_CHILDREN = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-MAX_WIDE_PARAMETERS = 64_000_000  # a float32 copy of 256 MB at most
+MAX_SMALL_PARAMETERS = 64_000_000  # without the core, a float32 copy of 256 MB
+WIDE = torch.empty(0)  # the decode pass is in float32
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies hang on the length
 MIN_ROOM_ROWS = 64  # tensors of fewer rows are so small that the heap serves them best
 
@@ -46,8 +46,7 @@ class FusedModel:
         is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         head = embedding if is_tied else model.lm_head.weight.detach()
         self._weights = Weights(embedding, layers, model.model.norm.weight.detach(), head, model.lm_head.bias)
-        wide = self._weights.widened() if _is_small(model) else None
-        self._decode_pass = DecodePass(wide, geometry, self._epsilon) if wide is not None else None
+        self._decode_pass = DecodePass(self._weights, geometry, self._epsilon) if _is_small(model) else None
         self._workspace = Workspace()
         self._most_rows = 0  # of a pass in the workspace
 
@@ -69,7 +68,7 @@ class FusedModel:
     def _run_part(self, tokens: Tensor, positions: Tensor, wanted: list[int], part: Step) -> Tensor:
         if self._decode_pass is None or not part.decodes:
             return self._run(tokens, positions, wanted, part).float()
-        cos, sin = self._waves(self._decode_pass.embedding, positions)
+        cos, sin = self._waves(WIDE, positions)
         logits = self._decode_pass.forward(tokens, cos, sin, part)
         return logits if len(wanted) == len(part.decodes) else logits[wanted]
 
@@ -143,9 +142,9 @@ class FusedModel:
 
 
 def _is_small(model: Any) -> bool:
-    """A model on a CPU, so small that a second copy in float32 costs little memory."""
+    """A model on a CPU whose decode steps are worth a pass of their own."""
     num_parameters: int = sum(p.numel() for p in model.parameters())
-    return model.lm_head.weight.device.type == "cpu" and num_parameters <= MAX_WIDE_PARAMETERS
+    return model.lm_head.weight.device.type == "cpu" and num_parameters <= MAX_SMALL_PARAMETERS
 
 
 def fuse(model: Any, geometry: Geometry) -> FusedModel | None:
