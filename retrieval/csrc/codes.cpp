@@ -258,7 +258,9 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
 std::string LayerCodes::save() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   std::string out(kMagic, sizeof(kMagic));
-  const auto put = [&](const void* data, std::size_t size) { out.append(static_cast<const char*>(data), size); };
+  const auto put = [&](const void* data, std::size_t size) {
+    if (size > 0) out.append(static_cast<const char*>(data), size);
+  };
   const std::int64_t header[6] = {num_kv_heads_, head_dim_, bits_, static_cast<std::int64_t>(seed_), num_keys_,
                                   is_stretched()};
   put(header, sizeof(header));
@@ -286,7 +288,7 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
   std::size_t at = 0;
   const auto take = [&](void* out, std::size_t bytes) {
     if (size - at < bytes) throw std::invalid_argument("truncated codes");
-    std::memcpy(out, data + at, bytes);
+    if (bytes > 0) std::memcpy(out, data + at, bytes);
     at += bytes;
   };
   char magic[sizeof(kMagic)];
@@ -319,7 +321,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
     take(head.scatter.data(), head.scatter.size() * sizeof(float));
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      if (size - at < static_cast<std::size_t>(kChunkKeys)) throw std::invalid_argument("truncated codes");
+      if (size - at < static_cast<std::size_t>(codes->bits_ * kChunkGroups * plane_bytes(codes->head_dim_))) {
+        throw std::invalid_argument("truncated codes");
+      }
       codes->add_chunk(head);
       CodeChunk& chunk = head.chunks.back();
       for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
