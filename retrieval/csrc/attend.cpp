@@ -20,6 +20,7 @@ namespace {
 constexpr std::int64_t kExactKeys = 1024;  // keys per task of exact attention
 constexpr std::int64_t kChunksPerTask = 2;   // where every key is scanned
 constexpr std::int64_t kChunksPerChoice = 8; // where few are
+constexpr std::size_t kUsualCandidates = 256;  // of a task
 constexpr std::int64_t kLeastChosen = 16384;  // keys: a search of fewer scans them all
 constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
@@ -282,6 +283,7 @@ std::int64_t Job::refine_chunks(const Task& task) {
   std::vector<Candidate>& found = scan.found[task.slot];
   std::int64_t num_drawn = 0;
   found.clear();
+  found.reserve(kUsualCandidates);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
   }
@@ -308,6 +310,7 @@ std::int64_t Job::search_chunks(const Task& task) {
   std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
   const ChunkBounds here{bounds, kChunkKeys, tops, kBlocksPerChunk};
   choose_groups(unit, task, budget_, scale_);
+  scan.found[task.slot].reserve(kUsualCandidates);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     scan_chunk(unit, scan, c, here);
