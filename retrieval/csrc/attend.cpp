@@ -191,33 +191,51 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
 }
 
 void Job::scan() {
-  if (!scan_tasks_.empty()) {
-    for_units([&](Unit& unit) { prepare(unit); });
-  }
   const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
-  run(num_exact + static_cast<std::int64_t>(scan_tasks_.size()), [&](std::int64_t i) {
+  const auto num_prepared = static_cast<std::int64_t>(scan_tasks_.empty() ? 0 : units_.size());
+  run(num_exact + num_prepared, [&](std::int64_t i) {
     if (i < num_exact) {
       const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
-      return attend_exactly(units_[task.unit], task, scale_);
-    }
-    const Task& task = scan_tasks_[static_cast<std::size_t>(i - num_exact)];
-    Unit& unit = units_[task.unit];
-    if (unit.choice == Unit::Choice::kAll) {
-      scan_chunks(task);
+      attend_exactly(units_[task.unit], task, scale_);
     } else {
-      score_means(unit, task);
+      prepare(units_[static_cast<std::size_t>(i - num_exact)]);
     }
   });
+  if (scan_tasks_.empty()) return;
   choose();
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    const Task& task = scan_tasks_[i];
+    Unit& unit = units_[task.unit];
+    if (unit.choice == Unit::Choice::kByFirst) {
+      drawn_[i] = search_chunks(task);
+      return;
+    }
+    if (unit.choice == Unit::Choice::kByBest) {
+      score_means(unit, task);
+      choose_groups(unit, task, budget_, scale_);
+    }
+    scan_chunks(task);
+  });
+  for (Unit& unit : units_) unit.is_refined = unit.choice == Unit::Choice::kByFirst && is_enough(unit);
 }
 
-// Scans of long contexts: those groups that can matter by the best key known. Of very long ones a few groups first,
+// Of long contexts those groups are scanned that can matter by the best key known; of very long ones a few groups first,
 // then those that can matter by what the few have shown.
 void Job::choose() {
   using Choice = Unit::Choice;
-  if (std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.choice == Choice::kAll; })) return;
+  const auto any = [&](Choice choice) {
+    return std::any_of(units_.begin(), units_.end(), [=](const Unit& unit) { return unit.choice == choice; });
+  };
+  if (any(Choice::kByFirst)) {
+    for_tasks(scan_tasks_, [&](std::size_t i) {
+      Unit& unit = units_[scan_tasks_[i].unit];
+      if (unit.choice == Choice::kByFirst) score_means(unit, scan_tasks_[i]);
+    });
+  } else if (!any(Choice::kByBest)) {
+    return;
+  }
   for_units([&](Unit& unit) {
-    if (unit.choice == Choice::kByBest && !choose_by_best(unit, budget_, scale_)) {
+    if (unit.choice == Choice::kByBest && !pays_by_best(unit, budget_, scale_)) {
       unit.choice = Choice::kAll;
       choose_all(unit);
     }
@@ -230,16 +248,6 @@ void Job::choose() {
     set_group_floors(unit, scale_);
     set_start(unit);
   });
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    const Task& task = scan_tasks_[i];
-    Unit& unit = units_[task.unit];
-    if (unit.choice == Choice::kByFirst) {
-      drawn_[i] = search_chunks(task);
-    } else if (unit.scans[task.run].levels != nullptr) {
-      scan_chunks(task);
-    }
-  });
-  for_units([&](Unit& unit) { unit.is_refined = unit.choice == Choice::kByFirst && is_enough(unit); });
 }
 
 void Job::choose_all(Unit& unit) {
@@ -298,7 +306,7 @@ void Job::count_codes() {
       if (scan.num_chunks == 0) continue;
       const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
       stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
-      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+      if (unit.choice != Unit::Choice::kAll) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
     }
   }
 }

@@ -13,6 +13,7 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 static_assert(kRunsPerGroup == 2);
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kMeansAhead = 3;     // chunks
+constexpr std::int64_t kChunksPerProbe = 8; // one of so many tells whether choosing pays
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
 constexpr float kKeysPerGroup = 6.0f;       // drawn from a drawn group, about
@@ -197,27 +198,25 @@ void set_group_floors(Unit& unit, float scale) {
   }
 }
 
-bool choose_by_best(Unit& unit, const Budget& budget, float scale) {
-  std::int64_t num_chosen = 0, num_groups = 0;
+bool pays_by_best(Unit& unit, const Budget& budget, float scale) {
   for (int h = 0; h < unit.queries.num; ++h) {
     unit.group_floor[h] = -kInfinity;
     for (const Partial& partial : unit.partials) unit.group_floor[h] = std::max(unit.group_floor[h], partial.top[h]);
     if (unit.group_floor[h] == -kInfinity) return false;
   }
-  for (Scan& scan : unit.scans) {
+  std::int64_t num_chosen = 0, num_groups = 0;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    const Scan& scan = unit.scans[s];
     std::fill_n(scan.chosen, scan.num_chunks, 0u);
-    num_groups += scan.num_chunks * kChunkGroups;
-  }
-  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
-  for (Scan& scan : unit.scans) {
-    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-      if (c + 1 < scan.num_chunks) fetch(scan.chunk(c + 1));
+    for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerProbe) {
+      score_means(unit, {0, s, 0, c, c + 1});
       choose_chunk(unit, scan, c, budget, scale);
       num_chosen += __builtin_popcount(scan.chosen[c]);
-      if (2 * num_chosen > num_groups) return false;
+      num_groups += kChunkGroups;
     }
   }
-  return true;
+  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
+  return 2 * num_chosen <= num_groups;
 }
 
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {

@@ -23,9 +23,9 @@ void choose_first(Unit& unit);
 // From floor, draws and total of each head: what a group must reach, or how it is drawn.
 void set_group_floors(Unit& unit, float scale);
 
-// Chooses groups by what the best key attended exactly leaves open, and some at even distances. False where that is
-// more than half of them; then all are to be scanned.
-bool choose_by_best(Unit& unit, const Budget& budget, float scale);
+// Sets the best key attended exactly as what a group must reach, and begins with groups at even distances. False where
+// that leaves more than half of all groups, by some chunks; then all are to be scanned.
+bool pays_by_best(Unit& unit, const Budget& budget, float scale);
 
 // Chooses the groups of a chunk task, those to begin with included.
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale);
