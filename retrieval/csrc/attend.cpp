@@ -219,8 +219,8 @@ void Job::scan() {
   for (Unit& unit : units_) unit.is_refined = unit.choice == Unit::Choice::kByFirst && is_enough(unit);
 }
 
-// Of long contexts those groups are scanned that can matter by the best key known; of very long ones a few groups first,
-// then those that can matter by what the few have shown.
+// Of long contexts those groups are scanned that can matter by the best key known; of very long ones a few groups
+// first, then those that can matter by what the few have shown.
 void Job::choose() {
   using Choice = Unit::Choice;
   const auto any = [&](Choice choice) {
