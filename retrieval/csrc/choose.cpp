@@ -78,7 +78,7 @@ std::uint32_t draw_groups(const Unit& unit, const Scan& scan, std::int64_t c, st
   Draw draws[kMaxGroup];
   int num = 0, heads[kMaxGroup];
   for (int h = 0; h < unit.queries.num; ++h) {
-    if (unit.group_draws[h] == 0.0f) continue;
+    if (unit.group_certain[h] == kInfinity) continue;
     lots[h] = lot_above(unit.group_certain[h], scan.query.base[h], scan.level_unit(c, h), scan.query.means, h, scale);
     draws[num] = lots[h].draw;
     heads[num++] = h;
@@ -184,7 +184,7 @@ void set_group_floors(Unit& unit, float scale) {
   for (int h = 0; h < unit.queries.num; ++h) {
     // A run is left out when none of its keys can become the best, or of a head that draws, weigh as much as the rest.
     unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
-    unit.group_draws[h] = 0.0f;
+    unit.group_certain[h] = kInfinity;
     if (unit.draws[h] == 0.0f) continue;
     float variance = 0.0f;
     for (const Scan& scan : unit.scans) variance = std::max(variance, scale * scale * scan.query.own[h] * scan.query.own[h]);
@@ -193,8 +193,8 @@ void set_group_floors(Unit& unit, float scale) {
       continue;
     }
     unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
-    unit.group_draws[h] = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);
-    unit.group_certain[h] = unit.best[h] - std::log(unit.group_draws[h]) / scale;
+    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);  // per weight of a key
+    unit.group_certain[h] = unit.best[h] - std::log(draws) / scale;
   }
 }
 

@@ -148,7 +148,7 @@ struct CodeReading {
   float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
 };
 
-// A group's queries against the codes of one head: what scan, split and the means of runs need.
+// A group's queries against the codes of one head: what scans and weights need.
 struct CodeQuery {
   std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
   CodeReading keys;                  // as bounds

@@ -1,6 +1,6 @@
 // The inner loops: one table of function pointers per instruction set, chosen once at run time.
 //
-// Every level computes the same thing. The integer kernels (scan, estimate) agree bit for bit; the
+// Every level computes the same thing. The integer kernels (scan, draw, select) agree bit for bit; the
 // float kernels differ by summation order only. Translation units behind a level are compiled with
 // that level's flags, so they must not instantiate inline functions of the standard library: the
 // linker could keep the wide copy for everyone.
@@ -77,10 +77,9 @@ struct Kernels {
                const std::uint8_t* planes, int num_planes, std::uint32_t wanted, const std::int16_t* factors,
                std::int16_t* bounds, std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
 
-  // Of 64 keys, those in `visible` whose weight has a logarithm of at least floor; of the others in `visible`,
-  // `inverse` times the weight is added to measure[i]. The weights are good to a thousandth.
-  std::uint64_t (*split)(const std::int16_t* bounds, const std::int16_t* factors, const Weigher& weigher, float floor,
-                         std::uint64_t visible, float inverse, float* measure);
+  // Weights of 64 keys, good to a thousandth; 0 of those that are not in `wanted`.
+  void (*weigh)(const std::int16_t* bounds, const std::int16_t* factors, const Weigher& weigher, std::uint64_t wanted,
+                float* weights);
 
   // Of 64 keys and for each of num queries h, those that reach a limit by estimate and luck, as bits of masks[h]:
   // bounds[h * stride + i] - factors[i] * lift / 2^15 + luck[i] * spread / 2^15 * 2^doublings >= floor, where products

@@ -149,8 +149,8 @@ Sample take_sample(const Unit& unit, int h, float rest, float scale) {
     std::uint64_t seen = 0;
     if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
     const std::uint64_t visible = scan.visible(c, g);
-    sample.weights.resize(sample.weights.size() + kGroupKeys, 0.0f);
-    kernels().split(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), kInfinity, visible & ~seen, 1.0f,
+    sample.weights.resize(sample.weights.size() + kGroupKeys);
+    kernels().weigh(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), visible & ~seen,
                     &sample.weights[sample.weights.size() - kGroupKeys]);
     sample.num_keys += __builtin_popcountll(visible);
     float squares = 0.0f;

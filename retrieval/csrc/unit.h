@@ -119,8 +119,7 @@ struct Unit {
   bool is_refined = false;      // candidates have been listed
   std::int64_t start = 0;       // of luck in draws
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
-  float group_draws[kMaxGroup] = {};  // per weight of such a group: it is drawn with that chance
-  float group_certain[kMaxGroup] = {};  // estimates of means where that chance is 1
+  float group_certain[kMaxGroup] = {};  // and is drawn for it, for certain where a mean reaches this; infinite: is not
 
   bool draws_any() const {
     return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });

@@ -1,0 +1,243 @@
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "candidates.h"
+#include "choose.h"
+#include "floor.h"
+#include "job.h"
+#include "luck.h"
+#include "weigh.h"
+
+namespace retrieval {
+namespace {
+
+constexpr std::size_t kUsualCandidates = 256;  // of a task
+
+}  // namespace
+
+void Job::scan() {
+  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
+  const auto num_prepared = static_cast<std::int64_t>(scan_tasks_.empty() ? 0 : units_.size());
+  run(num_exact + num_prepared, [&](std::int64_t i) {
+    if (i < num_exact) {
+      const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
+      attend_exactly(units_[task.unit], task, scale_);
+    } else {
+      prepare(units_[static_cast<std::size_t>(i - num_exact)]);
+    }
+  });
+  if (scan_tasks_.empty()) return;
+  choose();
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    const Task& task = scan_tasks_[i];
+    Unit& unit = units_[task.unit];
+    if (unit.choice == Unit::Choice::kByFirst) {
+      drawn_[i] = search_chunks(task);
+      return;
+    }
+    if (unit.choice == Unit::Choice::kByBest) {
+      score_means(unit, task);
+      choose_groups(unit, task, budget_, scale_);
+    }
+    scan_chunks(task);
+  });
+  for (Unit& unit : units_) unit.is_refined = unit.choice == Unit::Choice::kByFirst && is_enough(unit);
+}
+
+// Of long contexts those groups are scanned that can matter by the best key known; of very long ones a few groups
+// first, then those that can matter by what the few have shown.
+void Job::choose() {
+  using Choice = Unit::Choice;
+  const auto any = [&](Choice choice) {
+    return std::any_of(units_.begin(), units_.end(), [=](const Unit& unit) { return unit.choice == choice; });
+  };
+  if (any(Choice::kByFirst)) {
+    for_tasks(scan_tasks_, [&](std::size_t i) {
+      Unit& unit = units_[scan_tasks_[i].unit];
+      if (unit.choice == Choice::kByFirst) score_means(unit, scan_tasks_[i]);
+    });
+  } else if (!any(Choice::kByBest)) {
+    return;
+  }
+  for_units([&](Unit& unit) {
+    if (unit.choice == Choice::kByBest && !pays_by_best(unit, budget_, scale_)) {
+      unit.choice = Choice::kAll;
+      choose_all(unit);
+    }
+    if (unit.choice != Choice::kByFirst) return;
+    choose_first(unit);
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
+    }
+    for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
+    set_group_floors(unit, scale_);
+    set_start(unit);
+  });
+}
+
+void Job::choose_all(Unit& unit) {
+  for (Scan& scan : unit.scans) std::fill_n(scan.chosen, scan.num_chunks, ~0u);
+}
+
+// Whether the candidates listed by the floors of the first groups will do. A better key among them means that those
+// floors were too low and the list is too long, not wrong.
+bool Job::is_enough(const Unit& unit) const {
+  std::size_t num_found = 0;
+  for (const Scan& scan : unit.scans) {
+    for (const auto& found : scan.found) num_found += found.size();
+  }
+  return num_found <= static_cast<std::size_t>(budget_.max_keys);
+}
+
+void Job::prepare(Unit& unit) {
+  for (Scan& scan : unit.scans) {
+    if (scan.num_chunks == 0) continue;
+    scan.query = prepare_query(*scan.part->codes, unit.kv_head, unit.queries, budget_.deviations);
+  }
+}
+
+void Job::scan_chunks(const Task& task) {
+  Unit& unit = units_[task.unit];
+  const Scan& scan = unit.scans[task.run];
+  for (std::int64_t c = task.begin; c < task.end; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
+}
+
+void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& out) {
+  if (scan.chosen[c] == 0) return;
+  const CodeGroups& keys = scan.chunk(c).keys;
+  kernels().scan(scan.query.tables.data(), scan.query.keys.offsets, unit.queries.num, unit.queries.head_dim,
+                 scan.query.keys.shift, reinterpret_cast<const std::uint8_t*>(keys.planes), keys.bits, scan.chosen[c],
+                 keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
+}
+
+std::int64_t Job::refine_chunks(const Task& task) {
+  Unit& unit = units_[task.unit];
+  Scan& scan = unit.scans[task.run];
+  std::vector<Candidate>& found = scan.found[task.slot];
+  std::int64_t num_drawn = 0;
+  found.clear();
+  found.reserve(kUsualCandidates);
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
+  }
+  return num_drawn;
+}
+
+void Job::count_codes() {
+  for (const Unit& unit : units_) {
+    for (const Scan& scan : unit.scans) {
+      std::int64_t num_groups = 0;
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
+      if (scan.num_chunks == 0) continue;
+      const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
+      stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
+      if (unit.choice != Unit::Choice::kAll) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+    }
+  }
+}
+
+// Chooses, scans and lists in one go: few of a chunk's keys are looked at, and their bounds stay in the cache.
+std::int64_t Job::search_chunks(const Task& task) {
+  Unit& unit = units_[task.unit];
+  Scan& scan = unit.scans[task.run];
+  std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
+  const ChunkBounds here{bounds, kChunkKeys, tops, kBlocksPerChunk};
+  choose_groups(unit, task, budget_, scale_);
+  scan.found[task.slot].reserve(kUsualCandidates);
+  std::int64_t num_drawn = 0;
+  for (std::int64_t c = task.begin; c < task.end; ++c) {
+    scan_chunk(unit, scan, c, here);
+    num_drawn += refine(unit, scan, c, here, scale_, scan.found[task.slot]);
+  }
+  return num_drawn;
+}
+
+void Job::find_floors(int k) {
+  const auto find = [&](auto is_wanted) {
+    run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
+      Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
+      const auto h = static_cast<int>(i % kMaxGroup);
+      if (h < unit.queries.num && is_wanted(unit)) find_floor(unit, h, k, budget_, scale_, !will_list_);
+    });
+  };
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    const Unit& unit = units_[scan_tasks_[i].unit];
+    if (unit.choice == Unit::Choice::kByFirst && !unit.is_refined) scan_chunks(scan_tasks_[i]);
+  });
+  find([](const Unit& unit) { return !unit.is_refined; });
+  // The best key attended exactly does not tell that a head looks widely.
+  const auto is_wide = [](const Unit& unit) { return unit.choice == Unit::Choice::kByBest && unit.draws_any(); };
+  if (std::none_of(units_.begin(), units_.end(), is_wide)) return;
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    Unit& unit = units_[scan_tasks_[i].unit];
+    if (!is_wide(unit)) return;
+    Scan& scan = unit.scans[scan_tasks_[i].run];
+    std::fill(scan.chosen + scan_tasks_[i].begin, scan.chosen + scan_tasks_[i].end, ~0u);
+    scan_chunks(scan_tasks_[i]);
+  });
+  find(is_wide);
+}
+
+void Job::search(int k) {
+  if (scan_tasks_.empty() && !will_list_) return;
+  find_floors(k);
+  count_codes();
+  for (Unit& unit : units_) set_start(unit);
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    if (!units_[scan_tasks_[i].unit].is_refined) drawn_[i] = refine_chunks(scan_tasks_[i]);
+  });
+  for (const std::int64_t count : drawn_) stats_.num_drawn += count;
+  for_units([&](Unit& unit) { gather(unit); });
+  for (std::size_t u = 0; u < units_.size(); ++u) share_out(u);
+  if (!has_ranks_) return;
+  for_tasks(score_tasks_, [&](std::size_t i) {
+    const Task& task = score_tasks_[i];
+    Unit& unit = units_[task.unit];
+    Scan& scan = unit.scans[task.run];
+    kernels().score(unit.queries, scan.part->key_rows(unit.kv_head), scan.positions.data() + task.begin, 0,
+                    static_cast<int>(task.end - task.begin), scan.scores + task.begin,
+                    static_cast<int>(scan.positions.size()));
+  });
+  for_units([&](Unit& unit) { settle_floor(unit, k); });
+}
+
+// What was found is cut to the budget.
+void Job::gather(Unit& unit) {
+  keep(unit, static_cast<std::size_t>(std::max({budget_.max_keys, budget_.k, 1})));
+  for (Scan& scan : unit.scans) {
+    for (std::int64_t i = scan.end; i < scan.listed_end; ++i) scan.positions.push_back(static_cast<std::int32_t>(i));
+    scan.inverses.resize(scan.positions.size(), 1.0f);
+  }
+}
+
+void Job::share_out(std::size_t at) {
+  Unit& unit = units_[at];
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    Scan& scan = unit.scans[s];
+    const auto count = static_cast<std::int64_t>(scan.positions.size());
+    if (has_ranks_) scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
+    stats_.num_scored += unit.queries.num * count;
+    stats_.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
+    for (std::int64_t first = 0; first < count; first += kTileKeys) {
+      score_tasks_.push_back({at, s, add_partial(unit), first, std::min<std::int64_t>(first + kTileKeys, count)});
+    }
+  }
+}
+
+void Job::settle_floor(Unit& unit, int k) {
+  std::vector<float> scores;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    scores.clear();
+    for (const Scan& scan : unit.scans) {
+      const std::size_t count = scan.positions.size();
+      if (count == 0) continue;
+      const float* row = scan.scores + static_cast<std::size_t>(h) * count;
+      unit.best[h] = std::max(unit.best[h], kernels().maximum(row, static_cast<int>(count)));
+      if (k > 0 || budget_.min_keys > 1) scores.insert(scores.end(), row, row + count);
+    }
+    unit.floor[h] = floor_of(unit.best[h], scores, k, budget_, scale_);
+  }
+}
+
+}  // namespace retrieval
