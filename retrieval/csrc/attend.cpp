@@ -13,9 +13,8 @@ namespace retrieval {
 namespace {
 
 constexpr std::int64_t kExactKeys = 1024;       // keys per task of exact attention
-constexpr std::int64_t kChunksPerTask = 2;      // where every key is scanned
-constexpr std::int64_t kChunksPerChoice = 8;    // where few are
-constexpr std::int64_t kLeastChosen = 16384;    // keys: a search of fewer scans them all
+constexpr std::int64_t kChunksPerTask = 2;
+constexpr std::int64_t kChunksPerLongTask = 8;
 constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
 // Where the positions of a part end that its codes cover.
@@ -73,12 +72,12 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     scan.chosen = arena_.take<std::uint32_t>(static_cast<std::size_t>(scan.num_chunks));
     std::fill_n(scan.chosen, scan.num_chunks, ~0u);
     const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
-    if (unit.choice != Unit::Choice::kAll) {
+    if (unit.is_long) {
       scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
       scan.crests = arena_.take<std::int16_t>(num * num_chunks);
+      scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
-    if (unit.choice == Unit::Choice::kByFirst) scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
-    const std::int64_t each = unit.choice == Unit::Choice::kByFirst ? kChunksPerChoice : kChunksPerTask;
+    const std::int64_t each = unit.is_long ? kChunksPerLongTask : kChunksPerTask;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
       scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
       scan.found.emplace_back();
@@ -104,18 +103,14 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     const auto& sequence = parts[static_cast<std::size_t>(seq)];
     std::int64_t num_coded = 0;
     for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-    Unit::Choice choice = Unit::Choice::kAll;
-    if (budget_.reach > 0.0f && !has_ranks_) {
-      if (num_coded >= kLeastChosen) choice = Unit::Choice::kByBest;
-      if (num_coded * group * queries_.head_dim >= budget_.reach_products) choice = Unit::Choice::kByFirst;
-    }
+    const bool is_long = budget_.reach > 0.0f && !has_ranks_ && num_coded >= budget_.reach_keys;
     const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);
       const auto at = static_cast<std::size_t>((seq * queries_.num_q_heads + head) * queries_.head_dim);
       Unit unit;
       unit.kv_head = first_kv_head_ + head / group;
-      unit.choice = choice;
+      unit.is_long = is_long;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
       for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);

@@ -25,10 +25,10 @@ struct Taking {
   }
 };
 
-Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, float scale) {
+Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, float listed, float scale) {
   Taking taking;
   if (unit.draws[h] == 0.0f) {
-    taking.sure = taking.least_top = scan.threshold(c, h, unit.floor[h]);
+    taking.sure = taking.least_top = scan.threshold(c, h, listed);
     taking.lot.draw.floor = to_word(static_cast<float>(taking.sure));
     return taking;
   }
@@ -39,13 +39,17 @@ Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, fl
   return taking;
 }
 
-// Largest distance of the bound of a key above the floor of a head.
-float slack_of(const Unit& unit, const Scan& scan, std::int64_t position) {
-  const std::int64_t slot = position - scan.first_key(0), c = slot / kChunkKeys;
+// What a bound of a head must reach for its key to stay.
+float least_bound(const Unit& unit, int h) {
+  return unit.draws[h] > 0.0f ? std::min(unit.floor[h], unit.heavy[h]) : unit.listed[h];
+}
+
+// Largest distance of a key's bounds above what they must reach.
+float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, const std::int16_t* bounds) {
   float slack = -kInfinity;
   for (int h = 0; h < unit.queries.num; ++h) {
-    const auto bound = static_cast<float>(scan.bounds[h * scan.stride() + slot]);
-    slack = std::max(slack, scan.query.base[h] + scan.bound_unit(c, h) * bound - unit.floor[h]);
+    const float bound = scan.query.base[h] + scan.bound_unit(c, h) * static_cast<float>(bounds[h]);
+    slack = std::max(slack, bound - least_bound(unit, h));
   }
   return slack;
 }
@@ -94,13 +98,13 @@ int take(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& 
 
 }  // namespace
 
-std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, float scale,
-                    std::vector<Candidate>& found) {
+std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const float* listed,
+                    float scale, Found& found) {
   if (scan.chosen[c] == 0) return 0;
   const std::int16_t* factors = scan.chunk(c).keys.factors;
-  const bool draws_any = unit.draws_any(), draws_groups = scan.stands_for != nullptr && draws_any;
+  const bool draws_any = unit.draws_any(), draws_groups = unit.chooses && draws_any;
   Taking takings[kMaxGroup];
-  for (int h = 0; h < unit.queries.num; ++h) takings[h] = how_to_take(unit, scan, c, h, scale);
+  for (int h = 0; h < unit.queries.num; ++h) takings[h] = how_to_take(unit, scan, c, h, listed[h], scale);
   std::int16_t slots[kChunkKeys];
   float chances[kChunkKeys];
   const std::int64_t first = scan.first_key(c);
@@ -125,36 +129,55 @@ std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const Ch
     float inverse = scan.weight_of(c, slots[n] / kGroupKeys);
     if (draws_any) inverse /= std::max(chances[n], kLeastChance);
     num_drawn += inverse > 1.0f ? 1 : 0;
-    found.push_back({static_cast<std::int32_t>(first + slots[n]), inverse});
+    found.keys.push_back({static_cast<std::int32_t>(first + slots[n]), inverse});
+    for (int h = 0; h < unit.queries.num; ++h) found.bounds.push_back(in.bounds[h * in.stride + slots[n]]);
   }
   return num_drawn;
 }
 
 void keep(Unit& unit, std::size_t limit) {
+  const auto num = static_cast<std::size_t>(unit.queries.num);
   std::size_t num_found = 0, num_drawn = 0;
+  std::vector<float> slacks;
   for (Scan& scan : unit.scans) {
-    std::size_t here = 0;
-    for (const auto& found : scan.found) here += found.size();
-    scan.positions.reserve(here);
-    scan.inverses.reserve(here);
-    num_found += here;
+    for (Found& found : scan.found) {
+      std::size_t kept = 0;
+      std::int64_t chunk = -1;
+      int least[kMaxGroup];
+      for (std::size_t i = 0; i < found.keys.size(); ++i) {
+        const std::int16_t* bounds = &found.bounds[i * num];
+        const std::int64_t c = found.keys[i].position / kChunkKeys - scan.first_chunk;
+        for (int h = 0; c != chunk && h < unit.queries.num; ++h) least[h] = scan.threshold(c, h, least_bound(unit, h));
+        chunk = c;
+        bool stays = found.keys[i].inverse > 1.0f;
+        num_drawn += stays ? 1 : 0;
+        for (std::size_t h = 0; h < num; ++h) stays |= bounds[h] >= least[h];
+        found.keys[kept] = found.keys[i];
+        std::copy_n(bounds, num, &found.bounds[kept * num]);
+        kept += stays ? 1 : 0;
+      }
+      found.keys.resize(kept);
+      num_found += kept;
+    }
+    scan.positions.reserve(num_found);
+    scan.inverses.reserve(num_found);
   }
-  // Too many are only found in searches that have kept their bounds.
+  const auto for_each = [&](auto visit) {
+    for (Scan& scan : unit.scans) {
+      for (const Found& found : scan.found) {
+        for (std::size_t i = 0; i < found.keys.size(); ++i) visit(scan, found.keys[i], &found.bounds[i * num]);
+      }
+    }
+  };
+  const auto slack = [&](const Scan& scan, const Candidate& key, const std::int16_t* bounds) {
+    return slack_of(unit, scan, key.position / kChunkKeys - scan.first_chunk, bounds);
+  };
   float least = -kInfinity;
   std::size_t every = 1;
   if (num_found > limit) {
-    std::vector<float> slacks;
-    for (const Scan& scan : unit.scans) {
-      for (const auto& found : scan.found) {
-        for (const Candidate& candidate : found) {
-          if (candidate.inverse > 1.0f) {
-            ++num_drawn;
-          } else {
-            slacks.push_back(slack_of(unit, scan, candidate.position));
-          }
-        }
-      }
-    }
+    for_each([&](const Scan& scan, const Candidate& key, const std::int16_t* bounds) {
+      if (!(key.inverse > 1.0f)) slacks.push_back(slack(scan, key, bounds));
+    });
     const std::size_t share = (limit + 1) / 2;
     every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
     const std::size_t most = limit - num_drawn / every;
@@ -165,16 +188,12 @@ void keep(Unit& unit, std::size_t limit) {
     }
   }
   std::size_t turn = every / 2;
-  for (Scan& scan : unit.scans) {
-    for (const auto& found : scan.found) {
-      for (const auto& [position, inverse] : found) {
-        const bool is_drawn = inverse > 1.0f;
-        if (num_found > limit && (is_drawn ? turn++ % every != 0 : slack_of(unit, scan, position) < least)) continue;
-        scan.positions.push_back(position);
-        scan.inverses.push_back(is_drawn ? inverse * static_cast<float>(every) : 1.0f);
-      }
-    }
-  }
+  for_each([&](Scan& scan, const Candidate& key, const std::int16_t* bounds) {
+    const bool is_drawn = key.inverse > 1.0f;
+    if (num_found > limit && (is_drawn ? turn++ % every != 0 : slack(scan, key, bounds) < least)) return;
+    scan.positions.push_back(key.position);
+    scan.inverses.push_back(is_drawn ? key.inverse * static_cast<float>(every) : 1.0f);
+  });
 }
 
 }  // namespace retrieval

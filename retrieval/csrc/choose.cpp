@@ -13,7 +13,7 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 static_assert(kRunsPerGroup == 2);
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kMeansAhead = 3;     // chunks
-constexpr std::int64_t kChunksPerProbe = 8; // one of so many tells whether choosing pays
+constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
 constexpr float kKeysPerGroup = 6.0f;       // drawn from a drawn group, about
@@ -123,7 +123,26 @@ void choose_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const Budg
   passed |= runs_within(unit, scan, c, budget.reach, 0.0f);
   passed |= runs_within(unit, scan, c, 0.5f * budget.reach, kNear / scale);
   scan.chosen[c] |= groups_of(passed);
-  if (scan.stands_for != nullptr) scan.chosen[c] |= draw_groups(unit, scan, c, scan.chosen[c], scale);
+  scan.chosen[c] |= draw_groups(unit, scan, c, scan.chosen[c], scale);
+}
+
+// From floor, draws and total of each head: what a group must reach, or how it is drawn.
+void set_group_floors(Unit& unit, float scale) {
+  for (int h = 0; h < unit.queries.num; ++h) {
+    // A run is left out when none of its keys can become the best, or of a head that draws, weigh as much as the rest.
+    unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
+    unit.group_certain[h] = kInfinity;
+    if (unit.draws[h] == 0.0f) continue;
+    float variance = 0.0f;
+    for (const Scan& scan : unit.scans) variance = std::max(variance, scale * scale * scan.query.own[h] * scan.query.own[h]);
+    if (!(variance > 0.0f && variance <= kLargestVariance)) {
+      unit.group_floor[h] = -kInfinity;
+      continue;
+    }
+    unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
+    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);  // per weight of a key
+    unit.group_certain[h] = unit.best[h] - std::log(draws) / scale;
+  }
 }
 
 }  // namespace
@@ -180,43 +199,23 @@ void choose_first(Unit& unit) {
   }
 }
 
-void set_group_floors(Unit& unit, float scale) {
-  for (int h = 0; h < unit.queries.num; ++h) {
-    // A run is left out when none of its keys can become the best, or of a head that draws, weigh as much as the rest.
-    unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
-    unit.group_certain[h] = kInfinity;
-    if (unit.draws[h] == 0.0f) continue;
-    float variance = 0.0f;
-    for (const Scan& scan : unit.scans) variance = std::max(variance, scale * scale * scan.query.own[h] * scan.query.own[h]);
-    if (!(variance > 0.0f && variance <= kLargestVariance)) {
-      unit.group_floor[h] = -kInfinity;
-      continue;
-    }
-    unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
-    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);  // per weight of a key
-    unit.group_certain[h] = unit.best[h] - std::log(draws) / scale;
-  }
-}
-
-bool pays_by_best(Unit& unit, const Budget& budget, float scale) {
-  for (int h = 0; h < unit.queries.num; ++h) {
-    unit.group_floor[h] = -kInfinity;
-    for (const Partial& partial : unit.partials) unit.group_floor[h] = std::max(unit.group_floor[h], partial.top[h]);
-    if (unit.group_floor[h] == -kInfinity) return false;
-  }
+// Chunks at even distances tell.
+void choose_whether(Unit& unit, const Budget& budget, float scale) {
+  set_group_floors(unit, scale);
+  unit.chooses = std::all_of(unit.group_floor, unit.group_floor + unit.queries.num, [](float f) { return f > -kInfinity; });
+  if (!unit.chooses) return;
   std::int64_t num_chosen = 0, num_groups = 0;
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    const Scan& scan = unit.scans[s];
-    std::fill_n(scan.chosen, scan.num_chunks, 0u);
-    for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerProbe) {
-      score_means(unit, {0, s, 0, c, c + 1});
+  for (const Scan& scan : unit.scans) {
+    const std::int64_t step = std::max<std::int64_t>(1, scan.num_chunks / kProbedChunks);
+    for (std::int64_t c = step / 2; c < scan.num_chunks; c += step) {
       choose_chunk(unit, scan, c, budget, scale);
       num_chosen += __builtin_popcount(scan.chosen[c]);
       num_groups += kChunkGroups;
     }
   }
-  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) { scan.chosen[c] |= 1u << g; });
-  return 2 * num_chosen <= num_groups;
+  unit.chooses = 2 * num_chosen <= num_groups;
+  if (unit.chooses) return;
+  for (const Scan& scan : unit.scans) std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
 }
 
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {

@@ -20,12 +20,8 @@ void score_means(Unit& unit, const Task& task);
 // floor, and tell which heads look widely.
 void choose_first(Unit& unit);
 
-// From floor, draws and total of each head: what a group must reach, or how it is drawn.
-void set_group_floors(Unit& unit, float scale);
-
-// Sets the best key attended exactly as what a group must reach, and begins with groups at even distances. False where
-// that leaves more than half of all groups, by some chunks; then all are to be scanned.
-bool pays_by_best(Unit& unit, const Budget& budget, float scale);
+// By what the first groups have shown, sets what groups must reach and whether it pays to choose.
+void choose_whether(Unit& unit, const Budget& budget, float scale);
 
 // Chooses the groups of a chunk task, those to begin with included.
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale);

@@ -14,6 +14,12 @@ constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the draw
 constexpr float kHeavy = 0.02f;             // share of all weight
 constexpr float kLargestVariance = 4.0f;    // nats squared
 
+Queries one_query(const Unit& unit, int h) {
+  const int at = h * unit.queries.head_dim;
+  return {unit.queries.values + at, unit.queries.bf16 != nullptr ? unit.queries.bf16 + at : nullptr, 1,
+          unit.queries.head_dim};
+}
+
 // The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
 void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
   tops.clear();
@@ -109,9 +115,7 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
                      [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
   }
   rest = kept < probes.size() ? probes[kept].bound : reached;
-  const Queries query{unit.queries.values + h * unit.queries.head_dim,
-                      unit.queries.bf16 != nullptr ? unit.queries.bf16 + h * unit.queries.head_dim : nullptr, 1,
-                      unit.queries.head_dim};
+  const Queries query = one_query(unit, h);
   std::vector<float> scores(kept);
   std::vector<std::int32_t> positions;
   std::size_t done = 0;
@@ -209,6 +213,7 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
   // too large by e^(variance / 2).
   variance /= static_cast<float>(weights.size());
+  unit.spread[h] = std::sqrt(variance) / scale;
   if (variance > kLargestVariance) return;
   const float floor_weight = std::exp(scale * (unit.floor[h] - unit.best[h]));
   const auto [count, inflated] = divide(floor_weight);
@@ -246,7 +251,7 @@ float floor_of(float best, std::vector<float>& scores, int k, const Budget& budg
 // pass: the k-th best score, or beta nats below the best.
 void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, bool may_draw) {
   const auto wanted = static_cast<std::size_t>(std::max({k, budget.min_keys, kProbes}));
-  unit.best[h] = unit.floor[h] = -kInfinity;
+  unit.best[h] = unit.floor[h] = unit.listed[h] = -kInfinity;
   unit.draws[h] = 0.0f;
   for (const Partial& partial : unit.partials) unit.best[h] = std::max(unit.best[h], partial.top[h]);
   std::int64_t num_visible = 0;
@@ -256,7 +261,7 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   std::vector<float> scores = probe(unit, h, wanted, rest);
   unit.num_probed[h] += static_cast<std::int64_t>(scores.size());
   for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
-  unit.floor[h] = floor_of(unit.best[h], scores, k, budget, scale);
+  unit.floor[h] = unit.listed[h] = floor_of(unit.best[h], scores, k, budget, scale);
   if (k > 0 || budget.rest <= 0.0f || !may_draw) return;
   float known = 0.0f;
   for (const float score : scores) known += std::exp(scale * (score - unit.best[h]));
@@ -264,6 +269,58 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
     if (partial.sum[h] > 0.0f) known += partial.sum[h] * std::exp(scale * (partial.top[h] - unit.best[h]));
   }
   look_around(unit, h, known, rest, budget, scale);
+  unit.listed[h] = listed_from(unit, h, unit.best[h], budget, scale);
+}
+
+// A bound lies z = `deviations` deviations s of an estimate above it. The best key must hardly be missed, but one that is
+// t nats below it weighs e^-t, and may be missed as much more often: by a bound that reaches up to z - sqrt(z^2 - t)
+// deviations less than its score, for the tail of a Gaussian goes as e^(-z^2 / 2), and e^(t/2) times as often leaves
+// e^(t/2) of the other half for there being more of such keys. So bounds t - s (z - sqrt(z^2 - t)) nats below the best
+// key are low enough for keys t below it; the largest of these, over t up to beta, for all.
+float listed_from(const Unit& unit, int h, float best, const Budget& budget, float scale) {
+  if (best == -kInfinity) return -kInfinity;
+  const float z = budget.deviations, half = 0.5f * scale * unit.spread[h];
+  const float root = std::clamp(std::sqrt(std::max(0.0f, z * z - budget.beta)), half, std::max(half, z));
+  const float t = std::max(0.0f, z * z - root * root);
+  return best - (t - 2.0f * half * (z - std::min(root, z))) / scale;
+}
+
+void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Budget& budget,
+                   Found& found) {
+  constexpr float kLikely = 0.8f;  // of the deviations: the estimate of a key that may be better
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if (unit.draws[h] > 0.0f) continue;
+    for (int b = 0; b < kBlocksPerChunk; ++b) {
+      const std::int16_t top = in.tops[h * in.tops_stride + b];
+      const float likely = found.best[h] + kLikely * budget.deviations * unit.spread[h];
+      const std::uint32_t chosen = scan.chosen[c] >> b * kBlockGroups & ((1u << kBlockGroups) - 1);
+      if (chosen == 0 || top < scan.threshold(c, h, likely)) continue;
+      std::uint64_t masks[kBlockGroups];
+      kernels().select(in.bounds + h * in.stride + b * kBlockKeys, kBlockGroups, top, masks);
+      for (int g = 0; g < kBlockGroups; ++g) {
+        const std::uint64_t mask = masks[g] & scan.visible(c, b * kBlockGroups + g);
+        if (mask == 0) continue;
+        const auto position = static_cast<std::int32_t>(scan.first_key(c) + b * kBlockKeys + g * kGroupKeys + __builtin_ctzll(mask));
+        float score;
+        kernels().score(one_query(unit, h), scan.part->key_rows(unit.kv_head), &position, 0, 1, &score, 1);
+        found.best[h] = std::max(found.best[h], score);
+        ++found.num_probed[h];
+        break;
+      }
+    }
+  }
+}
+
+void settle_best(Unit& unit, int h, const Budget& budget, float scale) {
+  for (const Scan& scan : unit.scans) {
+    for (const Found& found : scan.found) {
+      unit.num_probed[h] += found.num_probed[h];
+      unit.best[h] = std::max(unit.best[h], found.best[h]);
+    }
+  }
+  if (unit.draws[h] > 0.0f) return;
+  unit.floor[h] = unit.best[h] - budget.beta / scale;
+  unit.listed[h] = listed_from(unit, h, unit.best[h], budget, scale);
 }
 
 }  // namespace retrieval

@@ -35,9 +35,7 @@ class Job {
   void add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched);
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
-  void choose();
-  void choose_all(Unit& unit);
-  bool is_enough(const Unit& unit) const;
+  void look_first();
   void find_floors(int k);
   void count_codes();    // of what has been scanned
   void scan_chunks(const Task& task);

@@ -28,66 +28,33 @@ void Job::scan() {
     }
   });
   if (scan_tasks_.empty()) return;
-  choose();
+  look_first();
   for_tasks(scan_tasks_, [&](std::size_t i) {
-    const Task& task = scan_tasks_[i];
-    Unit& unit = units_[task.unit];
-    if (unit.choice == Unit::Choice::kByFirst) {
-      drawn_[i] = search_chunks(task);
-      return;
+    if (units_[scan_tasks_[i].unit].is_long) {
+      drawn_[i] = search_chunks(scan_tasks_[i]);
+    } else {
+      scan_chunks(scan_tasks_[i]);
     }
-    if (unit.choice == Unit::Choice::kByBest) {
-      score_means(unit, task);
-      choose_groups(unit, task, budget_, scale_);
-    }
-    scan_chunks(task);
   });
-  for (Unit& unit : units_) unit.is_refined = unit.choice == Unit::Choice::kByFirst && is_enough(unit);
 }
 
-// Of long contexts those groups are scanned that can matter by the best key known; of very long ones a few groups
-// first, then those that can matter by what the few have shown.
-void Job::choose() {
-  using Choice = Unit::Choice;
-  const auto any = [&](Choice choice) {
-    return std::any_of(units_.begin(), units_.end(), [=](const Unit& unit) { return unit.choice == choice; });
-  };
-  if (any(Choice::kByFirst)) {
-    for_tasks(scan_tasks_, [&](std::size_t i) {
-      Unit& unit = units_[scan_tasks_[i].unit];
-      if (unit.choice == Choice::kByFirst) score_means(unit, scan_tasks_[i]);
-    });
-  } else if (!any(Choice::kByBest)) {
-    return;
-  }
+// A long search looks at some groups of keys, and then for what can matter by what they have shown.
+void Job::look_first() {
+  if (std::none_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; })) return;
+  for_tasks(scan_tasks_, [&](std::size_t i) {
+    Unit& unit = units_[scan_tasks_[i].unit];
+    if (unit.is_long) score_means(unit, scan_tasks_[i]);
+  });
   for_units([&](Unit& unit) {
-    if (unit.choice == Choice::kByBest && !pays_by_best(unit, budget_, scale_)) {
-      unit.choice = Choice::kAll;
-      choose_all(unit);
-    }
-    if (unit.choice != Choice::kByFirst) return;
+    if (!unit.is_long) return;
     choose_first(unit);
     for (const Scan& scan : unit.scans) {
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
     }
     for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
-    set_group_floors(unit, scale_);
     set_start(unit);
+    choose_whether(unit, budget_, scale_);
   });
-}
-
-void Job::choose_all(Unit& unit) {
-  for (Scan& scan : unit.scans) std::fill_n(scan.chosen, scan.num_chunks, ~0u);
-}
-
-// Whether the candidates listed by the floors of the first groups will do. A better key among them means that those
-// floors were too low and the list is too long, not wrong.
-bool Job::is_enough(const Unit& unit) const {
-  std::size_t num_found = 0;
-  for (const Scan& scan : unit.scans) {
-    for (const auto& found : scan.found) num_found += found.size();
-  }
-  return num_found <= static_cast<std::size_t>(budget_.max_keys);
 }
 
 void Job::prepare(Unit& unit) {
@@ -114,12 +81,11 @@ void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const C
 std::int64_t Job::refine_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
-  std::vector<Candidate>& found = scan.found[task.slot];
+  Found& found = scan.found[task.slot];
   std::int64_t num_drawn = 0;
-  found.clear();
-  found.reserve(kUsualCandidates);
+  found.keys.reserve(kUsualCandidates);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
+    num_drawn += refine(unit, scan, c, scan.bounds_of(c), unit.listed, scale_, found);
   }
   return num_drawn;
 }
@@ -132,60 +98,60 @@ void Job::count_codes() {
       if (scan.num_chunks == 0) continue;
       const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
       stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
-      if (unit.choice != Unit::Choice::kAll) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+      if (unit.is_long) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
     }
   }
 }
 
-// Chooses, scans and lists in one go: few of a chunk's keys are looked at, and their bounds stay in the cache.
+// Chooses, scans and lists in one go: bounds stay in the cache. A better key on the way raises what is listed.
 std::int64_t Job::search_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
+  Found& found = scan.found[task.slot];
   std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
   const ChunkBounds here{bounds, kChunkKeys, tops, kBlocksPerChunk};
-  choose_groups(unit, task, budget_, scale_);
-  scan.found[task.slot].reserve(kUsualCandidates);
+  if (unit.chooses) {
+    choose_groups(unit, task, budget_, scale_);
+  } else {
+    std::fill(scan.chosen + task.begin, scan.chosen + task.end, ~0u);
+  }
+  std::copy_n(unit.best, kMaxGroup, found.best);
+  float listed[kMaxGroup];
+  std::copy_n(unit.listed, kMaxGroup, listed);
+  found.keys.reserve(kUsualCandidates);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
+    if (scan.chosen[c] == 0) continue;
     scan_chunk(unit, scan, c, here);
-    num_drawn += refine(unit, scan, c, here, scale_, scan.found[task.slot]);
+    look_for_best(unit, scan, c, here, budget_, found);
+    for (int h = 0; h < unit.queries.num; ++h) listed[h] = listed_from(unit, h, found.best[h], budget_, scale_);
+    num_drawn += refine(unit, scan, c, here, listed, scale_, found);
   }
   return num_drawn;
 }
 
 void Job::find_floors(int k) {
-  const auto find = [&](auto is_wanted) {
-    run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
-      Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
-      const auto h = static_cast<int>(i % kMaxGroup);
-      if (h < unit.queries.num && is_wanted(unit)) find_floor(unit, h, k, budget_, scale_, !will_list_);
-    });
-  };
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    const Unit& unit = units_[scan_tasks_[i].unit];
-    if (unit.choice == Unit::Choice::kByFirst && !unit.is_refined) scan_chunks(scan_tasks_[i]);
+  run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
+    Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
+    const auto h = static_cast<int>(i % kMaxGroup);
+    if (h >= unit.queries.num) return;
+    if (unit.is_long) {
+      settle_best(unit, h, budget_, scale_);
+    } else {
+      find_floor(unit, h, k, budget_, scale_, !will_list_);
+    }
   });
-  find([](const Unit& unit) { return !unit.is_refined; });
-  // The best key attended exactly does not tell that a head looks widely.
-  const auto is_wide = [](const Unit& unit) { return unit.choice == Unit::Choice::kByBest && unit.draws_any(); };
-  if (std::none_of(units_.begin(), units_.end(), is_wide)) return;
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    Unit& unit = units_[scan_tasks_[i].unit];
-    if (!is_wide(unit)) return;
-    Scan& scan = unit.scans[scan_tasks_[i].run];
-    std::fill(scan.chosen + scan_tasks_[i].begin, scan.chosen + scan_tasks_[i].end, ~0u);
-    scan_chunks(scan_tasks_[i]);
-  });
-  find(is_wide);
 }
 
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
   find_floors(k);
+  for (Unit& unit : units_) {
+    if (!unit.is_long) set_start(unit);
+  }
   count_codes();
-  for (Unit& unit : units_) set_start(unit);
   for_tasks(scan_tasks_, [&](std::size_t i) {
-    if (!units_[scan_tasks_[i].unit].is_refined) drawn_[i] = refine_chunks(scan_tasks_[i]);
+    if (!units_[scan_tasks_[i].unit].is_long) drawn_[i] = refine_chunks(scan_tasks_[i]);
   });
   for (const std::int64_t count : drawn_) stats_.num_drawn += count;
   for_units([&](Unit& unit) { gather(unit); });

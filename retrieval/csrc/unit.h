@@ -39,6 +39,14 @@ struct Candidate {
   float inverse;  // one over the chance that it was drawn; 1 if it was not left to chance
 };
 
+// What a task has found.
+struct Found {
+  std::vector<Candidate> keys;
+  std::vector<std::int16_t> bounds;        // [keys][num] of each, by head
+  float best[kMaxGroup];                   // exact scores known so far
+  std::int64_t num_probed[kMaxGroup] = {}; // keys scored to know them
+};
+
 // Integer bounds of a chunk, each head's a stride apart.
 struct ChunkBounds {
   std::int16_t* bounds;  // [num][kChunkKeys]
@@ -58,11 +66,11 @@ struct Scan {
   std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
   std::uint32_t* chosen = nullptr; // [num_chunks], bit g: group g is scanned; the rest are ruled out, or stood for
-  // Only where groups are chosen:
+  // Only of long searches:
   std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] estimates of the means of runs
   std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
-  std::vector<std::vector<Candidate>> found;  // by chunk task
+  std::vector<Found> found;                   // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
   std::vector<float> inverses;                // Candidate::inverse of each
   float* scores = nullptr;                    // [num][positions.size()]
@@ -111,12 +119,14 @@ struct Unit {
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
+  float listed[kMaxGroup]; // of heads that do not draw: keys whose bound reaches it become candidates
+  float spread[kMaxGroup] = {};  // deviation of a score from its estimate
   float heavy[kMaxGroup] = {};  // of heads that draw: keys whose bound reaches it are not left to chance
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
   float total[kMaxGroup] = {};  // of all weights relative to the best one, about; of heads that draw
   std::int64_t num_probed[kMaxGroup] = {};
-  enum class Choice { kAll, kByBest, kByFirst } choice = Choice::kAll;  // of the groups to scan (choose.h)
-  bool is_refined = false;      // candidates have been listed
+  bool is_long = false;         // a first look at some groups tells what to look for in all (choose.h)
+  bool chooses = false;         // and which groups need no scan
   std::int64_t start = 0;       // of luck in draws
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
   float group_certain[kMaxGroup] = {};  // and is drawn for it, for certain where a mean reaches this; infinite: is not
