@@ -12,187 +12,191 @@ namespace {
 
 // How one head takes keys of one chunk.
 struct Taking {
-  Lot lot;                    // its draw goes by the bound alone where the head does not draw
-  float never = -kInfinity;   // 0 where it draws
-  int least_top = 0;          // below it a block holds nothing
-  int sure = 0;               // bounds that are not left to chance
+  Lot lot;            // its floor goes by the bound alone where the head does not draw
+  bool draws;
+  int least_top;      // below it a block holds nothing
 
-  bool draws() const { return lot.step > 0.0f; }
-  // Logarithm of the chance; 0 and more: taken for certain.
-  float log_chance(std::int16_t bound, std::int16_t factor) const {
-    const float drawn = lot.log_chance(bound, factor) + never;
-    return bound >= sure ? 0.0f : drawn;
+  // Raises the logarithms of chances to this head's; 0 and more: taken for certain.
+  void raise(const Taken& taken, int h, int count, float* chances) const {
+    const std::int16_t* bounds = taken.bounds + h * kTakenStride;
+    for (int n = 0; n < count; ++n) {
+      const float drawn = draws ? lot.log_chance(bounds[n], taken.factors[n]) : -kInfinity;
+      chances[n] = std::max(chances[n], bounds[n] >= lot.draw.sure ? 0.0f : drawn);
+    }
   }
 };
 
 Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, float listed, float scale) {
-  Taking taking;
-  if (unit.draws[h] == 0.0f) {
-    taking.sure = taking.least_top = scan.threshold(c, h, listed);
-    taking.lot.draw.floor = to_word(static_cast<float>(taking.sure));
-    return taking;
+  Taking taking{{}, unit.draws[h] > 0.0f, -32768};
+  const int sure = scan.threshold(c, h, taking.draws ? unit.heavy[h] : listed);
+  if (taking.draws) {
+    taking.lot = lot_above(unit.floor[h], scan.query.base[h], scan.bound_unit(c, h), scan.query.keys, h, scale);
+  } else {
+    taking.least_top = sure;
+    taking.lot.draw.floor = static_cast<std::int16_t>(std::min(sure, 32767));
   }
-  taking.lot = lot_above(unit.floor[h], scan.query.base[h], scan.bound_unit(c, h), scan.query.keys, h, scale);
-  taking.never = 0.0f;
-  taking.least_top = -32768;
-  taking.sure = scan.threshold(c, h, unit.heavy[h]);
+  taking.lot.draw.sure = static_cast<std::int16_t>(std::min(sure, 32767));
   return taking;
 }
 
-// What a bound of a head must reach for its key to stay.
-float least_bound(const Unit& unit, int h) {
-  return unit.draws[h] > 0.0f ? std::min(unit.floor[h], unit.heavy[h]) : unit.listed[h];
-}
-
-// Largest distance of a key's bounds above what they must reach.
-float slack_of(const Unit& unit, const Scan& scan, std::int64_t c, const std::int16_t* bounds) {
-  float slack = -kInfinity;
-  for (int h = 0; h < unit.queries.num; ++h) {
-    const float bound = scan.query.base[h] + scan.bound_unit(c, h) * static_cast<float>(bounds[h]);
-    slack = std::max(slack, bound - least_bound(unit, h));
-  }
-  return slack;
-}
-
-// Slots of the keys of a chunk that any head takes, to be looked at one by one.
+// Keys of chunk c that any head takes.
 int take(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Taking* takings,
-         const std::int16_t* luck, std::int16_t* slots) {
+         const Taken& taken) {
   const int num = unit.queries.num;
-  const std::int16_t* factors = scan.chunk(c).keys.factors;
-  Draw usual[kMaxGroup], draws[kMaxGroup];
-  for (int h = 0; h < num; ++h) usual[h] = takings[h].lot.draw;
-  int count = 0;
+  std::uint32_t wanted = 0;
   for (int b = 0; b < kBlocksPerChunk; ++b) {
-    const std::uint32_t chosen = scan.chosen[c] & (((1u << kBlockGroups) - 1) << b * kBlockGroups);
-    bool is_needed = false, is_heavy = false;
-    for (int h = 0; h < num; ++h) {
-      const int top = in.tops[h * in.tops_stride + b];
-      is_needed |= top >= takings[h].least_top;
-      is_heavy |= takings[h].draws() && top >= takings[h].sure;
-    }
-    if (!is_needed) continue;
-    for_each_bit(chosen, [&](int g) {
-      const int slot = g * kGroupKeys;
-      const float stands_for = scan.weight_of(c, g);
-      if (stands_for > 1.0f) {
-        const float log_times = std::log(stands_for);
-        for (int h = 0; h < num; ++h) {
-          draws[h] = usual[h];
-          if (takings[h].draws()) draws[h].floor = takings[h].lot.floor_raised(log_times);
-        }
-      }
-      std::uint64_t masks[kMaxGroup], any = 0;
-      kernels().draw(in.bounds + slot, in.stride, num, factors + slot, luck + slot, stands_for > 1.0f ? draws : usual,
-                     masks);
-      for (int h = 0; h < num; ++h) any |= masks[h];
-      for (int h = 0; is_heavy && h < num; ++h) {
-        if (!takings[h].draws() || takings[h].sure > 32767) continue;
-        kernels().select(in.bounds + h * in.stride + slot, 1, static_cast<std::int16_t>(takings[h].sure), masks);
-        any |= masks[0];
-      }
-      for_each_bit(any & scan.visible(c, g), [&](int i) { slots[count++] = static_cast<std::int16_t>(slot + i); });
-    });
+    bool is_needed = false;
+    for (int h = 0; h < num; ++h) is_needed |= in.tops[h * in.tops_stride + b] >= takings[h].least_top;
+    if (is_needed) wanted |= ((1u << kBlockGroups) - 1) << b * kBlockGroups;
   }
-  return count;
+  wanted &= scan.chosen[c];
+  if (wanted == 0) return 0;
+  Draw draws[kMaxGroup];
+  std::int16_t floors[kMaxGroup * kChunkGroups];
+  for (int h = 0; h < num; ++h) {
+    draws[h] = takings[h].lot.draw;
+    std::fill_n(floors + h * kChunkGroups, kChunkGroups, draws[h].floor);
+  }
+  // Keys of a group that stands for others are drawn with greater chances.
+  for_each_bit(unit.chooses ? wanted : 0u, [&](int g) {
+    const float stands_for = scan.weight_of(c, g);
+    if (!(stands_for > 1.0f)) return;
+    const float log_times = std::log(stands_for);
+    for (int h = 0; h < num; ++h) {
+      if (takings[h].draws) floors[h * kChunkGroups + g] = takings[h].lot.floor_raised(log_times);
+    }
+  });
+  const std::int64_t first = scan.first_key(c);
+  const auto slot_of = [&](std::int64_t position) {
+    return static_cast<int>(std::clamp<std::int64_t>(position - first, 0, kChunkKeys));
+  };
+  return kernels().take(in.bounds, in.stride, num, scan.chunk(c).keys.factors, lucks_of_keys(unit.start + first), draws,
+                        floors, wanted, slot_of(scan.begin), slot_of(scan.end), taken);
+}
+
+// visit(scan, found, first, count, c, bounds) for every chunk of every list.
+template <typename Visit>
+void for_each_chunk(Unit& unit, Visit visit) {
+  for (Scan& scan : unit.scans) {
+    for (const Found& found : scan.found) {
+      const std::int16_t* bounds = found.bounds.data();
+      std::size_t first = 0;
+      for (const int count : found.counts) {
+        if (count == 0) continue;
+        visit(scan, found, first, count, found.positions[first] / kChunkKeys - scan.first_chunk, bounds);
+        first += static_cast<std::size_t>(count);
+        bounds += unit.queries.num * count;
+      }
+    }
+  }
+}
+
+// Largest distances of the bounds of keys above what makes their head take them.
+void find_slacks(const Unit& unit, const Scan& scan, std::int64_t c, int count, const std::int16_t* bounds, float* slacks) {
+  std::fill_n(slacks, count, -kInfinity);
+  for (int h = 0; h < unit.queries.num; ++h) {
+    const float least = unit.draws[h] > 0.0f ? std::min(unit.floor[h], unit.heavy[h]) : unit.listed[h];
+    // As threshold rounds down, so a bound in the last step counts as reaching it.
+    const float step = scan.bound_unit(c, h), base = scan.query.base[h] - least + 2.0f * step;
+    for (int n = 0; n < count; ++n) slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds[h * count + n]));
+  }
 }
 
 }  // namespace
 
 std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const float* listed,
                     float scale, Found& found) {
-  if (scan.chosen[c] == 0) return 0;
-  const std::int16_t* factors = scan.chunk(c).keys.factors;
-  const bool draws_any = unit.draws_any(), draws_groups = unit.chooses && draws_any;
+  const int num = unit.queries.num;
   Taking takings[kMaxGroup];
-  for (int h = 0; h < unit.queries.num; ++h) takings[h] = how_to_take(unit, scan, c, h, listed[h], scale);
-  std::int16_t slots[kChunkKeys];
-  float chances[kChunkKeys];
-  const std::int64_t first = scan.first_key(c);
-  const int count = take(unit, scan, c, in, takings, lucks_of_keys(unit.start + first), slots);
-  int group = -1;
-  float log_times = 0.0f;
-  for (int n = 0; draws_any && n < count; ++n) {
-    float chance = -kInfinity;
-    for (int h = 0; h < unit.queries.num; ++h) {
-      chance = std::max(chance, takings[h].log_chance(in.bounds[h * in.stride + slots[n]], factors[slots[n]]));
-    }
-    if (draws_groups && slots[n] / kGroupKeys != group) {
-      group = slots[n] / kGroupKeys;
-      log_times = std::log(scan.weight_of(c, group));
-    }
-    chances[n] = std::min(0.0f, chance + log_times);
-  }
-  if (draws_any) kernels().exponentiate(chances, count, 1.0f, 0.0f, -kInfinity);
+  for (int h = 0; h < num; ++h) takings[h] = how_to_take(unit, scan, c, h, listed[h], scale);
+  std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
+  const Taken taken{slots, factors, bounds};
+  const int count = take(unit, scan, c, in, takings, taken);
+  found.counts.push_back(count);
+  if (count == 0) return 0;
+  std::int32_t positions[kChunkKeys];
+  float inverses[kChunkKeys];
+  const auto first = static_cast<std::int32_t>(scan.first_key(c));
+  for (int n = 0; n < count; ++n) positions[n] = first + slots[n];
   std::int64_t num_drawn = 0;
-  for (int n = 0; n < count; ++n) {
+  if (!unit.draws_any()) {
+    std::fill_n(inverses, count, 1.0f);
+  } else {
+    float chances[kChunkKeys], stand_for[kChunkKeys];
+    std::fill_n(chances, count, -kInfinity);
+    for (int h = 0; h < num; ++h) takings[h].raise(taken, h, count, chances);
+    std::fill_n(stand_for, count, 1.0f);
+    for (int n = 0; unit.chooses && n < count; ++n) stand_for[n] = scan.weight_of(c, slots[n] / kGroupKeys);
+    for (int n = 0; unit.chooses && n < count; ++n) {
+      if (stand_for[n] > 1.0f) chances[n] += std::log(stand_for[n]);
+    }
+    for (int n = 0; n < count; ++n) chances[n] = std::min(0.0f, chances[n]);
+    kernels().exponentiate(chances, count, 1.0f, 0.0f, -kInfinity);
     // The group may have been drawn, and so whatever is found in it.
-    float inverse = scan.weight_of(c, slots[n] / kGroupKeys);
-    if (draws_any) inverse /= std::max(chances[n], kLeastChance);
-    num_drawn += inverse > 1.0f ? 1 : 0;
-    found.keys.push_back({static_cast<std::int32_t>(first + slots[n]), inverse});
-    for (int h = 0; h < unit.queries.num; ++h) found.bounds.push_back(in.bounds[h * in.stride + slots[n]]);
+    for (int n = 0; n < count; ++n) {
+      inverses[n] = stand_for[n] / std::max(chances[n], kLeastChance);
+      num_drawn += inverses[n] > 1.0f ? 1 : 0;
+    }
+  }
+  found.positions.insert(found.positions.end(), positions, positions + count);
+  found.inverses.insert(found.inverses.end(), inverses, inverses + count);
+  for (int h = 0; h < num; ++h) {
+    found.bounds.insert(found.bounds.end(), bounds + h * kTakenStride, bounds + h * kTakenStride + count);
   }
   return num_drawn;
 }
 
 void keep(Unit& unit, std::size_t limit) {
-  const auto num = static_cast<std::size_t>(unit.queries.num);
   std::size_t num_found = 0, num_drawn = 0;
-  std::vector<float> slacks;
   for (Scan& scan : unit.scans) {
-    for (Found& found : scan.found) {
-      std::size_t kept = 0;
-      std::int64_t chunk = -1;
-      int least[kMaxGroup];
-      for (std::size_t i = 0; i < found.keys.size(); ++i) {
-        const std::int16_t* bounds = &found.bounds[i * num];
-        const std::int64_t c = found.keys[i].position / kChunkKeys - scan.first_chunk;
-        for (int h = 0; c != chunk && h < unit.queries.num; ++h) least[h] = scan.threshold(c, h, least_bound(unit, h));
-        chunk = c;
-        bool stays = found.keys[i].inverse > 1.0f;
-        num_drawn += stays ? 1 : 0;
-        for (std::size_t h = 0; h < num; ++h) stays |= bounds[h] >= least[h];
-        found.keys[kept] = found.keys[i];
-        std::copy_n(bounds, num, &found.bounds[kept * num]);
-        kept += stays ? 1 : 0;
-      }
-      found.keys.resize(kept);
-      num_found += kept;
-    }
+    for (const Found& found : scan.found) num_found += found.positions.size();
     scan.positions.reserve(num_found);
     scan.inverses.reserve(num_found);
   }
-  const auto for_each = [&](auto visit) {
+  if (num_found <= limit && !unit.is_raised) {
     for (Scan& scan : unit.scans) {
       for (const Found& found : scan.found) {
-        for (std::size_t i = 0; i < found.keys.size(); ++i) visit(scan, found.keys[i], &found.bounds[i * num]);
+        scan.positions.insert(scan.positions.end(), found.positions.begin(), found.positions.end());
+        scan.inverses.insert(scan.inverses.end(), found.inverses.begin(), found.inverses.end());
       }
     }
-  };
-  const auto slack = [&](const Scan& scan, const Candidate& key, const std::int16_t* bounds) {
-    return slack_of(unit, scan, key.position / kChunkKeys - scan.first_chunk, bounds);
-  };
-  float least = -kInfinity;
+    return;
+  }
+  float slacks[kChunkKeys], least = 0.0f;
   std::size_t every = 1;
-  if (num_found > limit) {
-    for_each([&](const Scan& scan, const Candidate& key, const std::int16_t* bounds) {
-      if (!(key.inverse > 1.0f)) slacks.push_back(slack(scan, key, bounds));
-    });
+  std::vector<float> reached;
+  for_each_chunk(unit, [&](const Scan& scan, const Found& found, std::size_t first, int count, std::int64_t c,
+                           const std::int16_t* bounds) {
+    find_slacks(unit, scan, c, count, bounds, slacks);
+    for (int n = 0; n < count; ++n) {
+      if (found.inverses[first + static_cast<std::size_t>(n)] > 1.0f) {
+        ++num_drawn;
+      } else if (slacks[n] >= 0.0f) {
+        reached.push_back(slacks[n]);
+      }
+    }
+  });
+  if (num_drawn + reached.size() > limit) {
     const std::size_t share = (limit + 1) / 2;
     every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
     const std::size_t most = limit - num_drawn / every;
-    if (slacks.size() > most) {
-      const auto nth = slacks.begin() + static_cast<std::ptrdiff_t>(most - 1);
-      std::nth_element(slacks.begin(), nth, slacks.end(), std::greater<float>());
+    if (reached.size() > most) {
+      const auto nth = reached.begin() + static_cast<std::ptrdiff_t>(most - 1);
+      std::nth_element(reached.begin(), nth, reached.end(), std::greater<float>());
       least = *nth;
     }
   }
   std::size_t turn = every / 2;
-  for_each([&](Scan& scan, const Candidate& key, const std::int16_t* bounds) {
-    const bool is_drawn = key.inverse > 1.0f;
-    if (num_found > limit && (is_drawn ? turn++ % every != 0 : slack(scan, key, bounds) < least)) return;
-    scan.positions.push_back(key.position);
-    scan.inverses.push_back(is_drawn ? key.inverse * static_cast<float>(every) : 1.0f);
+  for_each_chunk(unit, [&](Scan& scan, const Found& found, std::size_t first, int count, std::int64_t c,
+                           const std::int16_t* bounds) {
+    find_slacks(unit, scan, c, count, bounds, slacks);
+    for (int n = 0; n < count; ++n) {
+      const std::size_t at = first + static_cast<std::size_t>(n);
+      const bool is_drawn = found.inverses[at] > 1.0f;
+      if (is_drawn ? turn++ % every != 0 : slacks[n] < least) continue;
+      scan.positions.push_back(found.positions[at]);
+      scan.inverses.push_back(is_drawn ? found.inverses[at] * static_cast<float>(every) : 1.0f);
+    }
   });
 }
 

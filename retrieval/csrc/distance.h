@@ -49,6 +49,15 @@ struct Weigher {
 struct Draw {
   std::int16_t floor = -32768, lift = 0, spread = 0;
   int doublings = 0;
+  std::int16_t sure = 32767;  // take: a bound that suffices whatever the luck
+};
+
+// Keys that were taken, in order, with the bounds [num][kTakenStride] that all queries have of them.
+inline constexpr int kTakenStride = kScanGroups * kGroupKeys + kGroupKeys;  // the end of it is scratch
+struct Taken {
+  std::int16_t* slots;    // [kTakenStride]
+  std::int16_t* factors;  // [kTakenStride]
+  std::int16_t* bounds;
 };
 
 struct Kernels {
@@ -86,6 +95,12 @@ struct Kernels {
   // are rounded and sums and doublings stay within 16 bits.
   void (*draw)(const std::int16_t* bounds, std::int64_t stride, int num, const std::int16_t* factors,
                const std::int16_t* luck, const Draw* draws, std::uint64_t* masks);
+
+  // Of the keys [begin, end) of 32 groups those that any of num queries takes, from groups whose bit is set in `wanted`:
+  // as in draw with the floors [num][32] of their groups, or by a bound that is sure. Returns how many there are.
+  int (*take)(const std::int16_t* bounds, std::int64_t stride, int num, const std::int16_t* factors,
+              const std::int16_t* luck, const Draw* draws, const std::int16_t* floors, std::uint32_t wanted, int begin,
+              int end, const Taken& taken);
 
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);

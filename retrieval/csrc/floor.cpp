@@ -312,13 +312,15 @@ void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const Chu
 }
 
 void settle_best(Unit& unit, int h, const Budget& budget, float scale) {
+  const float known = unit.best[h];
   for (const Scan& scan : unit.scans) {
     for (const Found& found : scan.found) {
       unit.num_probed[h] += found.num_probed[h];
       unit.best[h] = std::max(unit.best[h], found.best[h]);
     }
   }
-  if (unit.draws[h] > 0.0f) return;
+  if (unit.draws[h] > 0.0f || unit.best[h] == known) return;
+  unit.is_raised = true;
   unit.floor[h] = unit.best[h] - budget.beta / scale;
   unit.listed[h] = listed_from(unit, h, unit.best[h], budget, scale);
 }

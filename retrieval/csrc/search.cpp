@@ -12,7 +12,13 @@
 namespace retrieval {
 namespace {
 
-constexpr std::size_t kUsualCandidates = 256;  // of a task
+void reserve(Found& found, const Task& task) {
+  constexpr std::size_t kUsualCandidates = 512;
+  found.positions.reserve(kUsualCandidates);
+  found.inverses.reserve(kUsualCandidates);
+  found.bounds.reserve(4 * kUsualCandidates);
+  found.counts.reserve(static_cast<std::size_t>(task.end - task.begin));
+}
 
 }  // namespace
 
@@ -83,7 +89,7 @@ std::int64_t Job::refine_chunks(const Task& task) {
   Scan& scan = unit.scans[task.run];
   Found& found = scan.found[task.slot];
   std::int64_t num_drawn = 0;
-  found.keys.reserve(kUsualCandidates);
+  reserve(found, task);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     num_drawn += refine(unit, scan, c, scan.bounds_of(c), unit.listed, scale_, found);
   }
@@ -118,10 +124,9 @@ std::int64_t Job::search_chunks(const Task& task) {
   std::copy_n(unit.best, kMaxGroup, found.best);
   float listed[kMaxGroup];
   std::copy_n(unit.listed, kMaxGroup, listed);
-  found.keys.reserve(kUsualCandidates);
+  reserve(found, task);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    if (scan.chosen[c] == 0) continue;
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, found);
     for (int h = 0; h < unit.queries.num; ++h) listed[h] = listed_from(unit, h, found.best[h], budget_, scale_);

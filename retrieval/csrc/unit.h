@@ -34,15 +34,12 @@ struct Partial {
   float* acc;  // [num][head_dim]
 };
 
-struct Candidate {
-  std::int32_t position;
-  float inverse;  // one over the chance that it was drawn; 1 if it was not left to chance
-};
-
-// What a task has found.
+// What a chunk task has found, in order.
 struct Found {
-  std::vector<Candidate> keys;
-  std::vector<std::int16_t> bounds;        // [keys][num] of each, by head
+  std::vector<std::int32_t> positions;
+  std::vector<float> inverses;             // one over the chance that a key was drawn; 1 if it was not left to chance
+  std::vector<std::int16_t> bounds;        // [num][counts[i]] of each chunk i
+  std::vector<int> counts;                 // by chunk of the task
   float best[kMaxGroup];                   // exact scores known so far
   std::int64_t num_probed[kMaxGroup] = {}; // keys scored to know them
 };
@@ -72,7 +69,7 @@ struct Scan {
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<Found> found;                   // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
-  std::vector<float> inverses;                // Candidate::inverse of each
+  std::vector<float> inverses;                // Found::inverses of each
   float* scores = nullptr;                    // [num][positions.size()]
 
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
@@ -127,6 +124,7 @@ struct Unit {
   std::int64_t num_probed[kMaxGroup] = {};
   bool is_long = false;         // a first look at some groups tells what to look for in all (choose.h)
   bool chooses = false;         // and which groups need no scan
+  bool is_raised = false;       // a better key came later, so that candidates were listed that do not reach `listed`
   std::int64_t start = 0;       // of luck in draws
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
   float group_certain[kMaxGroup] = {};  // and is drawn for it, for certain where a mean reaches this; infinite: is not
