@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
-#include <numeric>
 #include <utility>
 
 namespace retrieval {
@@ -19,6 +19,19 @@ Queries one_query(const Unit& unit, int h) {
   return {unit.queries.values + at, unit.queries.bf16 != nullptr ? unit.queries.bf16 + at : nullptr, 1,
           unit.queries.head_dim};
 }
+
+// Four floats at a time, for compilers that do not see where that is possible.
+constexpr std::size_t kLanes = 4;  // divides kGroupKeys
+typedef float Lanes __attribute__((vector_size(16)));
+typedef std::int32_t LaneMask __attribute__((vector_size(16)));
+
+Lanes lanes_at(const float* values) {
+  Lanes lanes;
+  std::memcpy(&lanes, values, sizeof(lanes));
+  return lanes;
+}
+
+float sum_of(Lanes lanes) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
 
 // The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
 void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
@@ -173,7 +186,9 @@ float put_aside(std::vector<float>& weights) {
   float total = 0.0f, largest = 0.0f;
   auto outlier = weights.begin();
   for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
-    const float sum = std::accumulate(group, group + kGroupKeys, 0.0f);
+    Lanes lanes = {};
+    for (std::size_t i = 0; i < kGroupKeys; i += kLanes) lanes += lanes_at(&group[i]);
+    const float sum = sum_of(lanes);
     total += sum;
     if (sum > largest) {
       largest = sum;
@@ -195,20 +210,18 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   known += put_aside(weights);
   const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
-  // Keys of at least that weight, and what the others weigh together; sums side by side, or they would wait.
+  // Keys of at least that weight, and what the others weigh together.
   const auto divide = [&, &weights = weights](float weight) {
-    constexpr std::size_t kLanes = 4;  // divides kGroupKeys
-    const float* each = weights.data();
-    float counts[kLanes] = {}, sums[kLanes] = {};
+    Lanes sums = {};
+    LaneMask num_below = {};
     for (std::size_t i = 0; i < weights.size(); i += kLanes) {
-      for (std::size_t j = 0; j < kLanes; ++j) {
-        const float is_below = each[i + j] < weight ? 1.0f : 0.0f;
-        counts[j] += 1.0f - is_below;
-        sums[j] += is_below * each[i + j];
-      }
+      const Lanes each = lanes_at(&weights[i]);
+      const LaneMask is_below = each < weight;  // -1 where it is
+      sums += (Lanes)((LaneMask)each & is_below);
+      num_below -= is_below;
     }
-    return std::pair<float, float>(per_sample * std::accumulate(counts, counts + kLanes, 0.0f),
-                                   per_sample * std::accumulate(sums, sums + kLanes, 0.0f));
+    const int count = static_cast<int>(weights.size()) - (num_below[0] + num_below[1] + num_below[2] + num_below[3]);
+    return std::pair<float, float>(per_sample * static_cast<float>(count), per_sample * sum_of(sums));
   };
   // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
   // too large by e^(variance / 2).
