@@ -119,6 +119,7 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     }
   }
   drawn_.resize(scan_tasks_.size());
+  is_long_ = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
   is_small_ = scan_tasks_.empty() && !will_list_ && stats_.num_scored * queries_.head_dim <= kSmallProducts;
 }
 

@@ -146,14 +146,47 @@ std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const Ch
   return num_drawn;
 }
 
-void keep(Unit& unit, std::size_t limit) {
-  std::size_t num_found = 0, num_drawn = 0;
-  for (Scan& scan : unit.scans) {
-    for (const Found& found : scan.found) num_found += found.positions.size();
-    scan.positions.reserve(num_found);
-    scan.inverses.reserve(num_found);
+void drop(const Unit& unit, const Scan& scan, Found& found) {
+  float slacks[kChunkKeys];
+  const std::int16_t* bounds = found.bounds.data();
+  std::int16_t* kept_bounds = found.bounds.data();
+  std::size_t first = 0, kept = 0;
+  for (int& count : found.counts) {
+    if (count == 0) continue;
+    find_slacks(unit, scan, found.positions[first] / kChunkKeys - scan.first_chunk, count, bounds, slacks);
+    int staying[kChunkKeys], num_staying = 0;
+    for (int n = 0; n < count; ++n) {
+      staying[num_staying] = n;
+      num_staying += slacks[n] >= 0.0f || found.inverses[first + static_cast<std::size_t>(n)] > 1.0f ? 1 : 0;
+    }
+    for (int n = 0; n < num_staying; ++n) {
+      const std::size_t from = first + static_cast<std::size_t>(staying[n]), to = kept + static_cast<std::size_t>(n);
+      found.positions[to] = found.positions[from];
+      found.inverses[to] = found.inverses[from];
+    }
+    for (int h = 0; h < unit.queries.num; ++h) {
+      for (int n = 0; n < num_staying; ++n) kept_bounds[h * num_staying + n] = bounds[h * count + staying[n]];
+    }
+    first += static_cast<std::size_t>(count);
+    kept += static_cast<std::size_t>(num_staying);
+    bounds += unit.queries.num * count;
+    kept_bounds += unit.queries.num * num_staying;
+    count = num_staying;
   }
-  if (num_found <= limit && !unit.is_raised) {
+  found.positions.resize(kept);
+  found.inverses.resize(kept);
+}
+
+void keep(Unit& unit, std::size_t limit) {
+  std::size_t num_found = 0;
+  for (Scan& scan : unit.scans) {
+    std::size_t here = 0;
+    for (const Found& found : scan.found) here += found.positions.size();
+    scan.positions.reserve(here);
+    scan.inverses.reserve(here);
+    num_found += here;
+  }
+  if (num_found <= limit) {
     for (Scan& scan : unit.scans) {
       for (const Found& found : scan.found) {
         scan.positions.insert(scan.positions.end(), found.positions.begin(), found.positions.end());
@@ -162,42 +195,39 @@ void keep(Unit& unit, std::size_t limit) {
     }
     return;
   }
-  float slacks[kChunkKeys], least = 0.0f;
-  std::size_t every = 1;
-  std::vector<float> reached;
+  std::vector<float> slacks(num_found), reached;
+  std::size_t at = 0, num_drawn = 0;
   for_each_chunk(unit, [&](const Scan& scan, const Found& found, std::size_t first, int count, std::int64_t c,
                            const std::int16_t* bounds) {
-    find_slacks(unit, scan, c, count, bounds, slacks);
-    for (int n = 0; n < count; ++n) {
+    find_slacks(unit, scan, c, count, bounds, &slacks[at]);
+    for (int n = 0; n < count; ++n, ++at) {
       if (found.inverses[first + static_cast<std::size_t>(n)] > 1.0f) {
         ++num_drawn;
-      } else if (slacks[n] >= 0.0f) {
-        reached.push_back(slacks[n]);
+      } else {
+        reached.push_back(slacks[at]);
       }
     }
   });
-  if (num_drawn + reached.size() > limit) {
-    const std::size_t share = (limit + 1) / 2;
-    every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
-    const std::size_t most = limit - num_drawn / every;
-    if (reached.size() > most) {
-      const auto nth = reached.begin() + static_cast<std::ptrdiff_t>(most - 1);
-      std::nth_element(reached.begin(), nth, reached.end(), std::greater<float>());
-      least = *nth;
-    }
+  const std::size_t share = (limit + 1) / 2, every = std::max<std::size_t>(1, (num_drawn + share - 1) / share);
+  const std::size_t most = limit - num_drawn / every;
+  float least = -kInfinity;
+  if (reached.size() > most) {
+    const auto nth = reached.begin() + static_cast<std::ptrdiff_t>(most - 1);
+    std::nth_element(reached.begin(), nth, reached.end(), std::greater<float>());
+    least = *nth;
   }
   std::size_t turn = every / 2;
-  for_each_chunk(unit, [&](Scan& scan, const Found& found, std::size_t first, int count, std::int64_t c,
-                           const std::int16_t* bounds) {
-    find_slacks(unit, scan, c, count, bounds, slacks);
-    for (int n = 0; n < count; ++n) {
-      const std::size_t at = first + static_cast<std::size_t>(n);
-      const bool is_drawn = found.inverses[at] > 1.0f;
-      if (is_drawn ? turn++ % every != 0 : slacks[n] < least) continue;
-      scan.positions.push_back(found.positions[at]);
-      scan.inverses.push_back(is_drawn ? found.inverses[at] * static_cast<float>(every) : 1.0f);
+  at = 0;
+  for (Scan& scan : unit.scans) {
+    for (const Found& found : scan.found) {
+      for (std::size_t i = 0; i < found.positions.size(); ++i, ++at) {
+        const bool is_drawn = found.inverses[i] > 1.0f;
+        if (is_drawn ? turn++ % every != 0 : slacks[at] < least) continue;
+        scan.positions.push_back(found.positions[i]);
+        scan.inverses.push_back(is_drawn ? found.inverses[i] * static_cast<float>(every) : 1.0f);
+      }
     }
-  });
+  }
 }
 
 }  // namespace retrieval

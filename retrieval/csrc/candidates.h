@@ -15,9 +15,12 @@ namespace retrieval {
 std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const float* listed,
                     float scale, Found& found);
 
-// Joins the lists of a unit's tasks into positions and inverses of its scans, at most limit keys in all. Keys whose
-// bounds no longer reach what is listed go; of too many, also those that reach it by least, and of those drawn every
-// second or third and so on stays and stands for the others.
+// Drops keys whose bounds no longer reach what is listed, since a better key came later.
+void drop(const Unit& unit, const Scan& scan, Found& found);
+
+// Joins the lists of a unit's tasks into positions and inverses of its scans, at most limit keys in all. Of those that
+// reach what is listed the ones that reach it by least go; of those drawn, every second or third and so on stays and
+// stands for the others.
 void keep(Unit& unit, std::size_t limit);
 
 }  // namespace retrieval

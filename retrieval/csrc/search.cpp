@@ -136,28 +136,35 @@ std::int64_t Job::search_chunks(const Task& task) {
 }
 
 void Job::find_floors(int k) {
+  for (Unit& unit : units_) {
+    for (int h = 0; unit.is_long && h < unit.queries.num; ++h) settle_best(unit, h, budget_, scale_);
+  }
+  if (is_long_) return;
   run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
     Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
     const auto h = static_cast<int>(i % kMaxGroup);
-    if (h >= unit.queries.num) return;
-    if (unit.is_long) {
-      settle_best(unit, h, budget_, scale_);
-    } else {
-      find_floor(unit, h, k, budget_, scale_, !will_list_);
-    }
+    if (unit.is_long || h >= unit.queries.num) return;
+    find_floor(unit, h, k, budget_, scale_, !will_list_);
+    if (h == 0) set_start(unit);
   });
 }
 
 void Job::search(int k) {
   if (scan_tasks_.empty() && !will_list_) return;
   find_floors(k);
-  for (Unit& unit : units_) {
-    if (!unit.is_long) set_start(unit);
-  }
   count_codes();
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    if (!units_[scan_tasks_[i].unit].is_long) drawn_[i] = refine_chunks(scan_tasks_[i]);
-  });
+  const bool is_raised = std::any_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_raised; });
+  if (!is_long_ || is_raised) {
+    for_tasks(scan_tasks_, [&](std::size_t i) {
+      const Task& task = scan_tasks_[i];
+      Unit& unit = units_[task.unit];
+      if (!unit.is_long) {
+        drawn_[i] = refine_chunks(task);
+      } else if (unit.is_raised) {
+        drop(unit, unit.scans[task.run], unit.scans[task.run].found[task.slot]);
+      }
+    });
+  }
   for (const std::int64_t count : drawn_) stats_.num_drawn += count;
   for_units([&](Unit& unit) { gather(unit); });
   for (std::size_t u = 0; u < units_.size(); ++u) share_out(u);
