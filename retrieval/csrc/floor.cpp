@@ -2,36 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
-#include <utility>
+
+#include "sample.h"
 
 namespace retrieval {
 namespace {
 
 constexpr int kProbes = 16;                // keys rescored to find the threshold
-constexpr float kDrawnError = 0.0064f;     // of the whole weight, that the drawn part may be off by
-constexpr float kHeavy = 0.02f;             // share of all weight
-constexpr float kLargestVariance = 4.0f;    // nats squared
 
 Queries one_query(const Unit& unit, int h) {
   const int at = h * unit.queries.head_dim;
   return {unit.queries.values + at, unit.queries.bf16 != nullptr ? unit.queries.bf16 + at : nullptr, 1,
           unit.queries.head_dim};
 }
-
-// Four floats at a time, for compilers that do not see where that is possible.
-constexpr std::size_t kLanes = 4;  // divides kGroupKeys
-typedef float Lanes __attribute__((vector_size(16)));
-typedef std::int32_t LaneMask __attribute__((vector_size(16)));
-
-Lanes lanes_at(const float* values) {
-  Lanes lanes;
-  std::memcpy(&lanes, values, sizeof(lanes));
-  return lanes;
-}
-
-float sum_of(Lanes lanes) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
 
 // The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
 void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
@@ -142,110 +126,6 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
     done += positions.size();
   }
   return scores;
-}
-
-// What groups taken at even distances tell of the weights of one head, relative to its best key.
-struct Sample {
-  std::vector<float> weights;    // [groups * kGroupKeys], by estimate; 0 where a key is not searched or not counted
-  float variance = 0.0f;         // of an estimated logit, in nats squared
-  std::int64_t num_visible = 0;  // keys that all of these stand for
-  std::int64_t num_keys = 0;
-};
-
-// Keys with bounds above `rest` have been scored exactly, and do not count.
-Sample take_sample(const Unit& unit, int h, float rest, float scale) {
-  constexpr int kEvery = 4;  // keys whose factors are looked at
-  Sample sample;
-  sample.weights.reserve(2 * kSampleGroups * kGroupKeys);
-  for (const Scan& scan : unit.scans) sample.num_visible += scan.end - scan.begin;
-  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
-    const CodeGroups& keys = scan.chunk(c).keys;
-    const std::int64_t slot = std::int64_t{g} * kGroupKeys;
-    const std::int16_t *bounds = scan.bounds + h * scan.stride() + c * kChunkKeys + slot, *factors = keys.factors + slot;
-    const int seen_from = scan.threshold(c, h, rest) + 2;  // above the floor of what the threshold rounds down
-    std::uint64_t seen = 0;
-    if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
-    const std::uint64_t visible = scan.visible(c, g);
-    sample.weights.resize(sample.weights.size() + kGroupKeys);
-    kernels().weigh(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), visible & ~seen,
-                    &sample.weights[sample.weights.size() - kGroupKeys]);
-    sample.num_keys += __builtin_popcountll(visible);
-    float squares = 0.0f;
-    for (int i = 0; i < kGroupKeys; i += kEvery) {
-      squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
-    }
-    const float deviation = scale * scan.query.keys.deviation[h] * keys.unit / 32768.0f;
-    sample.variance += deviation * deviation * squares;
-  });
-  return sample;
-}
-
-// Neighbours are alike: a group that outweighs all other groups is the one that was looked for, not one of many.
-// Its weight, if there is one, and it no longer counts.
-float put_aside(std::vector<float>& weights) {
-  float total = 0.0f, largest = 0.0f;
-  auto outlier = weights.begin();
-  for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
-    Lanes lanes = {};
-    for (std::size_t i = 0; i < kGroupKeys; i += kLanes) lanes += lanes_at(&group[i]);
-    const float sum = sum_of(lanes);
-    total += sum;
-    if (sum > largest) {
-      largest = sum;
-      outlier = group;
-    }
-  }
-  if (largest <= total - largest) return 0.0f;
-  std::fill(outlier, outlier + kGroupKeys, 0.0f);
-  return largest;
-}
-
-// A sample tells how many keys pass the floor and what those below weigh. Too many, or too much: the head looks
-// widely. It then takes about rest_keys keys, each with a chance in proportion to its weight, and those for certain
-// whose chance would be 1 (sampling in proportion to size; Hajek 1964).
-// known: weight of the keys seen so far, relative to the best one; those of the search have bounds above `rest`.
-void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
-  auto [weights, variance, num_visible, num_sampled] = take_sample(unit, h, rest, scale);
-  if (num_sampled == 0) return;
-  known += put_aside(weights);
-  const float per_sample = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
-  const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
-  // Keys of at least that weight, and what the others weigh together.
-  const auto divide = [&, &weights = weights](float weight) {
-    Lanes sums = {};
-    LaneMask num_below = {};
-    for (std::size_t i = 0; i < weights.size(); i += kLanes) {
-      const Lanes each = lanes_at(&weights[i]);
-      const LaneMask is_below = each < weight;  // -1 where it is
-      sums += (Lanes)((LaneMask)each & is_below);
-      num_below -= is_below;
-    }
-    const int count = static_cast<int>(weights.size()) - (num_below[0] + num_below[1] + num_below[2] + num_below[3]);
-    return std::pair<float, float>(per_sample * static_cast<float>(count), per_sample * sum_of(sums));
-  };
-  // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
-  // too large by e^(variance / 2).
-  variance /= static_cast<float>(weights.size());
-  unit.spread[h] = std::sqrt(variance) / scale;
-  if (variance > kLargestVariance) return;
-  const float floor_weight = std::exp(scale * (unit.floor[h] - unit.best[h]));
-  const auto [count, inflated] = divide(floor_weight);
-  const float below = inflated * std::exp(-0.5f * variance);
-  if (count <= wanted && below <= budget.rest * (known + below)) return;
-  float spacing = divide(kInfinity).second / wanted;
-  for (int turn = 0; turn < 3; ++turn) {
-    const auto [above, under] = divide(spacing);
-    spacing = under / std::max(wanted - above, 0.25f * wanted);
-  }
-  // Where little is drawn, fewer draws are as good: each stands for `spacing`, so the drawn weight is off by about the
-  // root of spacing times itself.
-  const float allowed = kDrawnError * (known + below);
-  spacing = std::max(spacing, std::min(allowed * allowed / below, floor_weight));
-  if (!(spacing > 0.0f)) return;
-  unit.draws[h] = 1.0f / spacing;
-  unit.total[h] = known + divide(kInfinity).second * std::exp(-0.5f * variance);
-  unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
-  unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
 }
 
 }  // namespace

@@ -1,0 +1,154 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace retrieval {
+namespace {
+
+constexpr float kDrawnError = 0.004f;      // of the whole weight, that the drawn part may be off by where that is cheap
+constexpr float kLargestSpacing = 0.001f;  // of the whole weight, that a drawn key may stand for where that is cheap
+constexpr float kLeastGain = 4.0f;         // spacing over the weight of what is listed
+constexpr float kClearVariance = 0.25f;    // nats squared of estimates; weights by them are as good as exact ones
+constexpr float kLargestVariance = 4.0f;   // nats squared
+constexpr float kHeavy = 0.02f;            // share of all weight
+
+// Four floats at a time, for compilers that do not see where that is possible.
+constexpr std::size_t kLanes = 4;  // divides kGroupKeys
+typedef float Lanes __attribute__((vector_size(16)));
+typedef std::int32_t LaneMask __attribute__((vector_size(16)));
+
+Lanes lanes_at(const float* values) {
+  Lanes lanes;
+  std::memcpy(&lanes, values, sizeof(lanes));
+  return lanes;
+}
+
+float sum_of(Lanes lanes) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
+
+// Weights of one head, relative to its best key.
+struct Sample {
+  std::vector<float> weights;      // [groups * kGroupKeys], by estimate; 0 where a key is not searched or not counted
+  float variance = 0.0f;           // of an estimated logit, in nats squared
+  float per_key = 0.0f;            // keys that each of them stands for
+
+  // Of all keys: those of at least that weight, and what the others weigh together.
+  std::pair<float, float> divide(float weight) const {
+    Lanes sums = {};
+    LaneMask num_below = {};
+    for (std::size_t i = 0; i < weights.size(); i += kLanes) {
+      const Lanes each = lanes_at(&weights[i]);
+      const LaneMask is_below = each < weight;  // -1 where it is
+      sums += (Lanes)((LaneMask)each & is_below);
+      num_below -= is_below;
+    }
+    const int count = static_cast<int>(weights.size()) - (num_below[0] + num_below[1] + num_below[2] + num_below[3]);
+    return {per_key * static_cast<float>(count), per_key * sum_of(sums)};
+  }
+};
+
+// Keys with bounds above `rest` have been scored exactly, and do not count.
+Sample take_sample(const Unit& unit, int h, float rest, float scale) {
+  constexpr int kEvery = 4;  // keys whose factors are looked at
+  Sample sample;
+  sample.weights.reserve(2 * kSampleGroups * kGroupKeys);
+  std::int64_t num_visible = 0, num_sampled = 0;
+  for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
+  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
+    const CodeGroups& keys = scan.chunk(c).keys;
+    const std::int64_t slot = std::int64_t{g} * kGroupKeys;
+    const std::int16_t *bounds = scan.bounds + h * scan.stride() + c * kChunkKeys + slot, *factors = keys.factors + slot;
+    const int seen_from = scan.threshold(c, h, rest) + 2;  // above the floor of what the threshold rounds down
+    std::uint64_t seen = 0;
+    if (seen_from <= 32767) kernels().select(bounds, 1, static_cast<std::int16_t>(std::max(seen_from, -32768)), &seen);
+    const std::uint64_t visible = scan.visible(c, g);
+    sample.weights.resize(sample.weights.size() + kGroupKeys);
+    kernels().weigh(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), visible & ~seen,
+                    &sample.weights[sample.weights.size() - kGroupKeys]);
+    num_sampled += __builtin_popcountll(visible);
+    float squares = 0.0f;
+    for (int i = 0; i < kGroupKeys; i += kEvery) {
+      squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
+    }
+    const float deviation = scale * scan.query.keys.deviation[h] * keys.unit / 32768.0f;
+    sample.variance += deviation * deviation * squares;
+  });
+  if (num_sampled == 0) return sample;
+  sample.per_key = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
+  sample.variance /= static_cast<float>(sample.weights.size());
+  return sample;
+}
+
+// Neighbours are alike: a group that outweighs all other groups is the one that was looked for, not one of many.
+// Its weight, if there is one, and it no longer counts.
+float put_aside(std::vector<float>& weights) {
+  float total = 0.0f, largest = 0.0f;
+  auto outlier = weights.begin();
+  for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
+    Lanes lanes = {};
+    for (std::size_t i = 0; i < kGroupKeys; i += kLanes) lanes += lanes_at(&group[i]);
+    const float sum = sum_of(lanes);
+    total += sum;
+    if (sum > largest) {
+      largest = sum;
+      outlier = group;
+    }
+  }
+  if (largest <= total - largest) return 0.0f;
+  std::fill(outlier, outlier + kGroupKeys, 0.0f);
+  return largest;
+}
+
+// Whether a head that does not look widely may draw all the same.
+bool can_draw(const Unit& unit, int h, float variance, float scale) {
+  float own = 0.0f;
+  for (const Scan& scan : unit.scans) own = std::max(own, scale * scan.query.own[h]);
+  return unit.is_long && variance <= kClearVariance && own * own <= kLargestVariance;
+}
+
+}  // namespace
+
+// The sample tells how many keys pass the floor and what those below weigh. Too many, or too much: the head looks
+// widely. It then takes about rest_keys keys, each with a chance in proportion to its weight, and those for certain
+// whose chance would be 1 (sampling in proportion to size; Hajek 1964). Any head takes fewer where these are as good.
+void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
+  Sample sample = take_sample(unit, h, rest, scale);
+  if (!(sample.per_key > 0.0f)) return;
+  unit.spread[h] = std::sqrt(sample.variance) / scale;
+  known += put_aside(sample.weights);
+  // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
+  // too large by e^(variance / 2).
+  if (sample.variance > kLargestVariance) return;
+  const float deflation = std::exp(-0.5f * sample.variance);
+  const float floor_weight = std::exp(scale * (unit.floor[h] - unit.best[h]));
+  const auto [count, inflated] = sample.divide(floor_weight);
+  const float below = inflated * deflation, total = known + sample.divide(kInfinity).second * deflation;
+  const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
+  const bool is_wide = count > wanted || below > budget.rest * (known + below);
+  if (!is_wide && !can_draw(unit, h, sample.variance, scale)) return;
+  float spacing = sample.divide(kInfinity).second / wanted;
+  for (int turn = 0; turn < 3; ++turn) {
+    const auto [above, under] = sample.divide(spacing);
+    spacing = under / std::max(wanted - above, 0.25f * wanted);
+  }
+  // Each draw stands for `spacing`, so the drawn weight is off by about the root of spacing times itself, and by the
+  // errors of estimates, which make of it e^variance times as much. In long searches as much of it is left to chance as
+  // that allows.
+  const auto error = [&](float each) { return std::sqrt(each * sample.divide(each).second) / (deflation * total); };
+  float sparing = std::max(floor_weight, spacing);
+  for (int turn = 0; unit.is_long && turn < 4; ++turn) {
+    const float ratio = kDrawnError / std::max(error(sparing), 1e-9f);
+    sparing = std::min(std::sqrt(kLargestSpacing * total * sparing), sparing * ratio);
+  }
+  if (unit.is_long) spacing = std::max(spacing, sparing);
+  if (!(spacing > (is_wide ? 0.0f : kLeastGain * floor_weight))) return;
+  unit.draws[h] = 1.0f / spacing;
+  unit.total[h] = total;
+  unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
+  unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
+}
+
+}  // namespace retrieval
