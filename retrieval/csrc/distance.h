@@ -97,7 +97,8 @@ struct Kernels {
                const std::int16_t* luck, const Draw* draws, std::uint64_t* masks);
 
   // Of the keys [begin, end) of 32 groups those that any of num queries takes, from groups whose bit is set in `wanted`:
-  // as in draw with the floors [num][32] of their groups, or by a bound that is sure. Returns how many there are.
+  // as in draw with the floors [num][32] of their groups, if there is lift or spread, or by a bound that is sure.
+  // Returns how many there are.
   int (*take)(const std::int16_t* bounds, std::int64_t stride, int num, const std::int16_t* factors,
               const std::int16_t* luck, const Draw* draws, const std::int16_t* floors, std::uint32_t wanted, int begin,
               int end, const Taken& taken);

@@ -183,24 +183,26 @@ void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const Chu
   constexpr float kLikely = 0.8f;  // of the deviations: the estimate of a key that may be better
   for (int h = 0; h < unit.queries.num; ++h) {
     if (unit.draws[h] > 0.0f) continue;
+    const int likely = scan.threshold(c, h, found.best[h] + kLikely * budget.deviations * unit.spread[h]);
+    std::int32_t positions[kBlocksPerChunk];
+    int count = 0;
     for (int b = 0; b < kBlocksPerChunk; ++b) {
       const std::int16_t top = in.tops[h * in.tops_stride + b];
-      const float likely = found.best[h] + kLikely * budget.deviations * unit.spread[h];
-      const std::uint32_t chosen = scan.chosen[c] >> b * kBlockGroups & ((1u << kBlockGroups) - 1);
-      if (chosen == 0 || top < scan.threshold(c, h, likely)) continue;
+      if ((scan.chosen[c] >> b * kBlockGroups & ((1u << kBlockGroups) - 1)) == 0 || top < likely) continue;
       std::uint64_t masks[kBlockGroups];
       kernels().select(in.bounds + h * in.stride + b * kBlockKeys, kBlockGroups, top, masks);
       for (int g = 0; g < kBlockGroups; ++g) {
         const std::uint64_t mask = masks[g] & scan.visible(c, b * kBlockGroups + g);
         if (mask == 0) continue;
-        const auto position = static_cast<std::int32_t>(scan.first_key(c) + b * kBlockKeys + g * kGroupKeys + __builtin_ctzll(mask));
-        float score;
-        kernels().score(one_query(unit, h), scan.part->key_rows(unit.kv_head), &position, 0, 1, &score, 1);
-        found.best[h] = std::max(found.best[h], score);
-        ++found.num_probed[h];
+        positions[count++] = static_cast<std::int32_t>(scan.first_key(c) + b * kBlockKeys + g * kGroupKeys + __builtin_ctzll(mask));
         break;
       }
     }
+    if (count == 0) continue;
+    float scores[kBlocksPerChunk];
+    kernels().score(one_query(unit, h), scan.part->key_rows(unit.kv_head), positions, 0, count, scores, count);
+    found.best[h] = std::max(found.best[h], *std::max_element(scores, scores + count));
+    found.num_probed[h] += count;
   }
 }
 

@@ -32,7 +32,6 @@ float sum_of(Lanes lanes) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
 // Weights of one head, relative to its best key.
 struct Sample {
   std::vector<float> weights;      // [groups * kGroupKeys], by estimate; 0 where a key is not searched or not counted
-  float variance = 0.0f;           // of an estimated logit, in nats squared
   float per_key = 0.0f;            // keys that each of them stands for
 
   // Of all keys: those of at least that weight, and what the others weigh together.
@@ -50,9 +49,24 @@ struct Sample {
   }
 };
 
+// Of an estimated logit of head h, in nats squared.
+float estimate_variance(const Unit& unit, int h, float scale) {
+  float variance = 0.0f;
+  int num_groups = 0;
+  for_sample_groups(unit, [&](const Scan& scan, std::int64_t c, int g) {
+    const CodeGroups& keys = scan.chunk(c).keys;
+    const std::int16_t* factors = keys.factors + g * kGroupKeys;
+    std::int32_t squares = 0;  // of factors without their last bits, or they would not fit
+    for (int i = 0; i < kGroupKeys; ++i) squares += (factors[i] >> 4) * (factors[i] >> 4);
+    const float deviation = scale * scan.query.keys.deviation[h] * keys.unit / 2048.0f;
+    variance += deviation * deviation * static_cast<float>(squares) / kGroupKeys;
+    ++num_groups;
+  });
+  return num_groups > 0 ? variance / static_cast<float>(num_groups) : 0.0f;
+}
+
 // Keys with bounds above `rest` have been scored exactly, and do not count.
 Sample take_sample(const Unit& unit, int h, float rest, float scale) {
-  constexpr int kEvery = 4;  // keys whose factors are looked at
   Sample sample;
   sample.weights.reserve(2 * kSampleGroups * kGroupKeys);
   std::int64_t num_visible = 0, num_sampled = 0;
@@ -69,16 +83,9 @@ Sample take_sample(const Unit& unit, int h, float rest, float scale) {
     kernels().weigh(bounds, factors, scan.weigher(c, h, scale, unit.best[h]), visible & ~seen,
                     &sample.weights[sample.weights.size() - kGroupKeys]);
     num_sampled += __builtin_popcountll(visible);
-    float squares = 0.0f;
-    for (int i = 0; i < kGroupKeys; i += kEvery) {
-      squares += kEvery * static_cast<float>(factors[i]) * static_cast<float>(factors[i]);
-    }
-    const float deviation = scale * scan.query.keys.deviation[h] * keys.unit / 32768.0f;
-    sample.variance += deviation * deviation * squares;
   });
   if (num_sampled == 0) return sample;
   sample.per_key = static_cast<float>(num_visible) / static_cast<float>(num_sampled);
-  sample.variance /= static_cast<float>(sample.weights.size());
   return sample;
 }
 
@@ -115,20 +122,21 @@ bool can_draw(const Unit& unit, int h, float variance, float scale) {
 // widely. It then takes about rest_keys keys, each with a chance in proportion to its weight, and those for certain
 // whose chance would be 1 (sampling in proportion to size; Hajek 1964). Any head takes fewer where these are as good.
 void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale) {
-  Sample sample = take_sample(unit, h, rest, scale);
-  if (!(sample.per_key > 0.0f)) return;
-  unit.spread[h] = std::sqrt(sample.variance) / scale;
-  known += put_aside(sample.weights);
+  const float variance = estimate_variance(unit, h, scale);
+  unit.spread[h] = std::sqrt(variance) / scale;
   // Where estimates are off by more than that, chances by weight would be chances by error; their mean weight is
   // too large by e^(variance / 2).
-  if (sample.variance > kLargestVariance) return;
-  const float deflation = std::exp(-0.5f * sample.variance);
+  if (variance > kLargestVariance) return;
+  Sample sample = take_sample(unit, h, rest, scale);
+  if (!(sample.per_key > 0.0f)) return;
+  known += put_aside(sample.weights);
+  const float deflation = std::exp(-0.5f * variance);
   const float floor_weight = std::exp(scale * (unit.floor[h] - unit.best[h]));
   const auto [count, inflated] = sample.divide(floor_weight);
   const float below = inflated * deflation, total = known + sample.divide(kInfinity).second * deflation;
   const auto wanted = static_cast<float>(std::min(budget.rest_keys, budget.max_keys));
   const bool is_wide = count > wanted || below > budget.rest * (known + below);
-  if (!is_wide && !can_draw(unit, h, sample.variance, scale)) return;
+  if (!is_wide && !can_draw(unit, h, variance, scale)) return;
   float spacing = sample.divide(kInfinity).second / wanted;
   for (int turn = 0; turn < 3; ++turn) {
     const auto [above, under] = sample.divide(spacing);

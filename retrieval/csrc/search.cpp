@@ -122,14 +122,19 @@ std::int64_t Job::search_chunks(const Task& task) {
     std::fill(scan.chosen + task.begin, scan.chosen + task.end, ~0u);
   }
   std::copy_n(unit.best, kMaxGroup, found.best);
-  float listed[kMaxGroup];
+  float best[kMaxGroup], listed[kMaxGroup];
+  std::copy_n(unit.best, kMaxGroup, best);
   std::copy_n(unit.listed, kMaxGroup, listed);
   reserve(found, task);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, found);
-    for (int h = 0; h < unit.queries.num; ++h) listed[h] = listed_from(unit, h, found.best[h], budget_, scale_);
+    for (int h = 0; h < unit.queries.num; ++h) {
+      if (found.best[h] == best[h]) continue;
+      best[h] = found.best[h];
+      listed[h] = listed_from(unit, h, best[h], budget_, scale_);
+    }
     num_drawn += refine(unit, scan, c, here, listed, scale_, found);
   }
   return num_drawn;
