@@ -81,16 +81,25 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
     std::int32_t position;
   };
   std::vector<Probe> probes;
+  probes.reserve(16 * wanted);
   std::vector<float> tops;
   read_tops(unit, h, tops);
-  const float reached = probe_bound(unit, h, tops, wanted);
+  rest = probe_bound(unit, h, tops, wanted);
+  // Keeps the best, and what is looked for from then on are better ones.
+  const auto cut = [&](std::size_t kept) {
+    if (probes.size() <= kept) return;
+    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
+                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
+    rest = probes[kept].bound;
+    probes.resize(kept);
+  };
   const float* top = tops.data();
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     const Scan& scan = unit.scans[s];
     for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      if (*top++ < reached) continue;
+      if (*top++ < rest) continue;
       const std::int64_t c = b / kBlocksPerChunk;
-      const int threshold = scan.threshold(c, h, reached);
+      const int threshold = scan.threshold(c, h, rest);
       if (threshold > 32767) continue;
       const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
       const float factor = scan.bound_unit(c, h);
@@ -104,14 +113,11 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
                             static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
         });
       }
+      if (probes.size() > 8 * wanted) cut(2 * wanted);
     }
   }
-  const std::size_t kept = std::min(probes.size(), 2 * wanted);
-  if (kept < probes.size()) {
-    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
-                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
-  }
-  rest = kept < probes.size() ? probes[kept].bound : reached;
+  cut(2 * wanted);
+  const std::size_t kept = probes.size();
   const Queries query = one_query(unit, h);
   std::vector<float> scores(kept);
   std::vector<std::int32_t> positions;
