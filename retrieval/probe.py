@@ -1,11 +1,13 @@
 """Live recall: what the index found for one real query, against an exact search over the same keys.
 
-Runs on a thread of its own, on a small sample of decode steps; only immutable segments are read.
+Runs on a thread of its own, on a small sample of decode steps, and rests long enough in between to take little of a
+core; only immutable segments are read.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from torch import Tensor
 from retrieval.context import Run
 
 logger = logging.getLogger(__name__)
+
+BLOCK_KEYS = 4096  # widened at once: all of them would take their memory anew each time
+LARGEST_SHARE = 0.01  # of one thread's time, that checks take
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,21 @@ class Quality:
 
 def measure(query: Tensor, keys: Tensor, positions: Tensor, k: int, scale: float) -> Quality:
     """query `[head_dim]`, keys `[num_keys, head_dim]`, positions int64 of the keys found (-1 = none)."""
-    logits = keys.float() @ query.float() * scale
+    logits = _inner_products(query.float(), keys).mul_(scale)
     exact = logits.topk(min(k, len(keys)))
     found = positions[positions >= 0]
     weights = torch.exp(logits - exact.values[0])
     recall = torch.isin(exact.indices, found).float().mean()
     return Quality(float(recall), float((weights[found].sum() / weights[exact.indices].sum()).clamp(max=1.0)))
+
+
+def _inner_products(query: Tensor, keys: Tensor) -> Tensor:
+    """float32 `[num_keys]`; query float32."""
+    products, wide = torch.empty(len(keys)), torch.empty(min(BLOCK_KEYS, len(keys)), keys.shape[1])
+    for begin in range(0, len(keys), BLOCK_KEYS):
+        block = keys[begin : begin + BLOCK_KEYS]
+        torch.mv(wide[: len(block)].copy_(block), query, out=products[begin : begin + len(block)])
+    return products
 
 
 class LiveProbe:
@@ -43,11 +57,17 @@ class LiveProbe:
         self._k, self._scale, self._on_measured = k, scale, on_measured
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="live-recall")
         self._pending: Future[None] | None = None
+        self._rests_until = 0.0  # by time.monotonic
 
     @property
     def is_busy(self) -> bool:
         """A check is under way."""
         return self._pending is not None and not self._pending.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """A check may begin: the last one is done, and long enough ago."""
+        return not self.is_busy and time.monotonic() >= self._rests_until
 
     def submit(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
         """Check one query `[head_dim]` of a KV head's group against an indexed run."""
@@ -62,12 +82,16 @@ class LiveProbe:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _check(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> None:
+        started = time.monotonic()
         try:
             quality = self._measure(query, run, layer_idx, kv_head)
             if quality is not None:
                 self._on_measured(quality.recall, quality.captured_mass)
         except Exception:
             logger.exception("a live recall check failed")
+        finally:
+            now = time.monotonic()
+            self._rests_until = now + (now - started) / LARGEST_SHARE
 
     def _measure(self, query: Tensor, run: Run, layer_idx: int, kv_head: int) -> Quality | None:
         assert run.indexed is not None

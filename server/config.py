@@ -157,7 +157,8 @@ class Settings(BaseSettings):
     num_index_queries: int = Field(8192, ge=1)
     """Prefill queries sampled per layer and KV head for kinds that learn from them."""
     live_recall_interval: int = Field(64, ge=0)
-    """Decode steps between two exact checks of one random head, exported as live recall; 0: off."""
+    """Decode steps between two exact checks of one random head, exported as live recall; more where checks would take
+    more than a hundredth of a thread's time. 0: off."""
 
     # Memory
     kv_cache_dtype: Literal["auto", "int8"] = "auto"

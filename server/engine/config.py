@@ -33,7 +33,7 @@ class EngineConfig:
     num_retrieved: int = 0  # keys fetched per head and query; 0: as many as matter (rabitq), 256 (other kinds)
     seal_tokens: int = 2048  # a tail longer than window_size + this is sealed and indexed
     num_index_queries: int = 8192  # prefill queries sampled per layer and KV head for attention-aware kinds
-    live_recall_interval: int = 64  # decode steps between two exact checks; 0: off
+    live_recall_interval: int = 64  # decode steps between two exact checks, at least; 0: off
 
     kv_cache_dtype: str = "auto"  # auto (the model's dtype) or int8
     kv_host_memory: int = 0  # bytes for K, V and indexes in host memory; 0: from the machine

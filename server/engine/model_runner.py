@@ -134,7 +134,7 @@ class ModelRunner:
         if self.probe is None or not num_decodes:
             return None
         self._num_decode_steps += 1
-        is_due = self._num_decode_steps % self._probe_interval == 0 and not self.probe.is_busy
+        is_due = self._num_decode_steps % self._probe_interval == 0 and self.probe.is_ready
         return self._random.randrange(self.geometry.num_layers) if is_due else None
 
     def _probe_queries(self, step: Step) -> None:

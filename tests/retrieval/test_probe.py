@@ -92,6 +92,33 @@ def test_a_blind_index_is_found_out(world: Any) -> None:
     assert ends == [run.end]
 
 
+def test_long_checks_are_far_between(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("retrieval.probe.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    probe = LiveProbe(4, world.scale, lambda *_: None)
+    run = indexed_run(world)
+
+    def search(layer_idx: int, kv_head: int, query: torch.Tensor, k: int, end: int) -> torch.Tensor:
+        clock[0] += 0.5
+        return torch.empty(0, dtype=torch.int64)
+
+    run.indexed.index = SimpleNamespace(begin=4, search=search)
+    assert probe.is_ready
+    probe.submit(world.randn(16), run, 0, 0)
+    wait_until_idle(probe)
+    clock[0] += 49.0
+    assert not probe.is_ready
+    clock[0] += 1.1
+    assert probe.is_ready
+    probe.close()
+
+
+def test_keys_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrieval.probe.BLOCK_KEYS", 3)
+    assert measure(QUERY, KEYS.bfloat16(), torch.tensor([1, 3]), 2, 1.0).captured_mass == 1.0
+    assert measure(QUERY, KEYS, torch.tensor([2]), 1, 1.0).recall == 0.0
+
+
 def test_the_query_is_copied_before_the_step_goes_on(world: Any) -> None:
     entered, go_on, seen = threading.Event(), threading.Event(), list[torch.Tensor]()
     run = indexed_run(world)
