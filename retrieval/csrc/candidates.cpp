@@ -26,9 +26,9 @@ struct Taking {
   }
 };
 
-Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, float listed, float scale) {
-  Taking taking{{}, unit.draws[h] > 0.0f, -32768};
-  const int sure = scan.threshold(c, h, taking.draws ? unit.heavy[h] : listed);
+Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, const Found& found, float scale) {
+  Taking taking{{}, found.draws[h], -32768};
+  const int sure = scan.threshold(c, h, taking.draws ? unit.heavy[h] : found.listed[h]);
   if (taking.draws) {
     taking.lot = lot_above(unit.floor[h], scan.query.base[h], scan.bound_unit(c, h), scan.query.keys, h, scale);
   } else {
@@ -104,11 +104,10 @@ void find_slacks(const Unit& unit, const Scan& scan, std::int64_t c, int count, 
 
 }  // namespace
 
-std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const float* listed,
-                    float scale, Found& found) {
+std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, float scale, Found& found) {
   const int num = unit.queries.num;
   Taking takings[kMaxGroup];
-  for (int h = 0; h < num; ++h) takings[h] = how_to_take(unit, scan, c, h, listed[h], scale);
+  for (int h = 0; h < num; ++h) takings[h] = how_to_take(unit, scan, c, h, found, scale);
   std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
   const Taken taken{slots, factors, bounds};
   const int count = take(unit, scan, c, in, takings, taken);
@@ -120,7 +119,7 @@ std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const Ch
   for (int n = 0; n < count; ++n) positions[n] = first + slots[n];
   std::int64_t num_drawn = 0;
   if (!unit.draws_any()) {
-    std::fill_n(inverses, count, 1.0f);
+    std::fill_n(inverses, count, 1.0f);  // no group stands for others either
   } else {
     float chances[kChunkKeys], stand_for[kChunkKeys];
     std::fill_n(chances, count, -kInfinity);
@@ -148,6 +147,7 @@ std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const Ch
 
 void drop(const Unit& unit, const Scan& scan, Found& found) {
   float slacks[kChunkKeys];
+  const float most = unit.draws_any() ? 1.0f : kInfinity;
   const std::int16_t* bounds = found.bounds.data();
   std::int16_t* kept_bounds = found.bounds.data();
   std::size_t first = 0, kept = 0;
@@ -157,7 +157,7 @@ void drop(const Unit& unit, const Scan& scan, Found& found) {
     int staying[kChunkKeys], num_staying = 0;
     for (int n = 0; n < count; ++n) {
       staying[num_staying] = n;
-      num_staying += slacks[n] >= 0.0f || found.inverses[first + static_cast<std::size_t>(n)] > 1.0f ? 1 : 0;
+      num_staying += slacks[n] >= 0.0f || found.inverses[first + static_cast<std::size_t>(n)] > most ? 1 : 0;
     }
     for (int n = 0; n < num_staying; ++n) {
       const std::size_t from = first + static_cast<std::size_t>(staying[n]), to = kept + static_cast<std::size_t>(n);

@@ -184,11 +184,15 @@ float listed_from(const Unit& unit, int h, float best, const Budget& budget, flo
   return best - (t - 2.0f * half * (z - std::min(root, z))) / scale;
 }
 
+// What a drawing head draws weighs something even beside that best key.
+bool still_draws(const Unit& unit, int h, float best, const Budget& budget, float scale) {
+  return unit.total[h] * std::exp(scale * (unit.reference[h] - best)) > budget.rest;
+}
+
 void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Budget& budget,
-                   Found& found) {
+                   float scale, Found& found) {
   constexpr float kLikely = 0.8f;  // of the deviations: the estimate of a key that may be better
   for (int h = 0; h < unit.queries.num; ++h) {
-    if (unit.draws[h] > 0.0f) continue;
     const int likely = scan.threshold(c, h, found.best[h] + kLikely * budget.deviations * unit.spread[h]);
     std::int32_t positions[kBlocksPerChunk];
     int count = 0;
@@ -207,8 +211,12 @@ void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const Chu
     if (count == 0) continue;
     float scores[kBlocksPerChunk];
     kernels().score(one_query(unit, h), scan.part->key_rows(unit.kv_head), positions, 0, count, scores, count);
-    found.best[h] = std::max(found.best[h], *std::max_element(scores, scores + count));
     found.num_probed[h] += count;
+    const float best = *std::max_element(scores, scores + count);
+    if (best <= found.best[h]) continue;
+    found.best[h] = best;
+    found.listed[h] = listed_from(unit, h, best, budget, scale);
+    found.draws[h] = found.draws[h] && still_draws(unit, h, best, budget, scale);
   }
 }
 
@@ -220,7 +228,11 @@ void settle_best(Unit& unit, int h, const Budget& budget, float scale) {
       unit.best[h] = std::max(unit.best[h], found.best[h]);
     }
   }
-  if (unit.draws[h] > 0.0f || unit.best[h] == known) return;
+  if (unit.best[h] == known) return;
+  if (unit.draws[h] > 0.0f) {
+    if (still_draws(unit, h, unit.best[h], budget, scale)) return;
+    unit.draws[h] = 0.0f;
+  }
   unit.is_raised = true;
   unit.floor[h] = unit.best[h] - budget.beta / scale;
   unit.listed[h] = listed_from(unit, h, unit.best[h], budget, scale);

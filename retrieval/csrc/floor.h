@@ -15,11 +15,12 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
 // What bounds must reach to be listed, given the best score known.
 float listed_from(const Unit& unit, int h, float best, const Budget& budget, float scale);
 
-// Scores the key with the highest bound of each block of chunk c where it may be better than the best one known.
+// Scores the key with the highest bound of each block of chunk c where it may be better than the best one known. A better
+// one raises what the task lists, and may leave nothing to draw.
 void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Budget& budget,
-                   Found& found);
+                   float scale, Found& found);
 
-// Sets best, floor and listed of head h by what its tasks have found.
+// Sets best, floor, listed and draws of head h by what its tasks have found.
 void settle_best(Unit& unit, int h, const Budget& budget, float scale);
 
 // The score that a key must reach, given the best one and some scores; the order of scores is lost.

@@ -155,6 +155,7 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   if (!(spacing > (is_wide ? 0.0f : kLeastGain * floor_weight))) return;
   unit.draws[h] = 1.0f / spacing;
   unit.total[h] = total;
+  unit.reference[h] = unit.best[h];
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
   unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
 }

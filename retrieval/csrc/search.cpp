@@ -12,7 +12,12 @@
 namespace retrieval {
 namespace {
 
-void reserve(Found& found, const Task& task) {
+void begin(const Unit& unit, const Task& task, Found& found) {
+  for (int h = 0; h < unit.queries.num; ++h) {
+    found.best[h] = unit.best[h];
+    found.listed[h] = unit.listed[h];
+    found.draws[h] = unit.draws[h] > 0.0f;
+  }
   constexpr std::size_t kUsualCandidates = 512;
   found.positions.reserve(kUsualCandidates);
   found.inverses.reserve(kUsualCandidates);
@@ -89,9 +94,9 @@ std::int64_t Job::refine_chunks(const Task& task) {
   Scan& scan = unit.scans[task.run];
   Found& found = scan.found[task.slot];
   std::int64_t num_drawn = 0;
-  reserve(found, task);
+  begin(unit, task, found);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    num_drawn += refine(unit, scan, c, scan.bounds_of(c), unit.listed, scale_, found);
+    num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
   }
   return num_drawn;
 }
@@ -121,21 +126,12 @@ std::int64_t Job::search_chunks(const Task& task) {
   } else {
     std::fill(scan.chosen + task.begin, scan.chosen + task.end, ~0u);
   }
-  std::copy_n(unit.best, kMaxGroup, found.best);
-  float best[kMaxGroup], listed[kMaxGroup];
-  std::copy_n(unit.best, kMaxGroup, best);
-  std::copy_n(unit.listed, kMaxGroup, listed);
-  reserve(found, task);
+  begin(unit, task, found);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     scan_chunk(unit, scan, c, here);
-    look_for_best(unit, scan, c, here, budget_, found);
-    for (int h = 0; h < unit.queries.num; ++h) {
-      if (found.best[h] == best[h]) continue;
-      best[h] = found.best[h];
-      listed[h] = listed_from(unit, h, best[h], budget_, scale_);
-    }
-    num_drawn += refine(unit, scan, c, here, listed, scale_, found);
+    look_for_best(unit, scan, c, here, budget_, scale_, found);
+    num_drawn += refine(unit, scan, c, here, scale_, found);
   }
   return num_drawn;
 }

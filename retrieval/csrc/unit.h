@@ -40,8 +40,9 @@ struct Found {
   std::vector<float> inverses;             // one over the chance that a key was drawn; 1 if it was not left to chance
   std::vector<std::int16_t> bounds;        // [num][counts[i]] of each chunk i
   std::vector<int> counts;                 // by chunk of the task
-  float best[kMaxGroup];                   // exact scores known so far
-  std::int64_t num_probed[kMaxGroup] = {}; // keys scored to know them
+  float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
+  bool draws[kMaxGroup];
+  std::int64_t num_probed[kMaxGroup] = {};   // keys scored to know the best
 };
 
 // Integer bounds of a chunk, each head's a stride apart.
@@ -120,7 +121,8 @@ struct Unit {
   float spread[kMaxGroup] = {};  // deviation of a score from its estimate
   float heavy[kMaxGroup] = {};  // of heads that draw: keys whose bound reaches it are not left to chance
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
-  float total[kMaxGroup] = {};  // of all weights relative to the best one, about; of heads that draw
+  float total[kMaxGroup] = {};  // of all weights relative to a key of score `reference`, about; of heads that draw
+  float reference[kMaxGroup] = {};
   std::int64_t num_probed[kMaxGroup] = {};
   bool is_long = false;         // a first look at some groups tells what to look for in all (choose.h)
   bool chooses = false;         // and which groups need no scan
