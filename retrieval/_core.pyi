@@ -142,7 +142,7 @@ class Budget:
         rest_keys: int = 2048,
         exact_keys: int = 4096,
         reach: float = 6.0,
-        reach_keys: int = 16384,
+        reach_products: int = 1 << 23,
     ) -> None:
         """k: the k best keys; 0: every key whose logit is at most `beta` nats below the best one, at least
         `min_keys`. deviations: a key is ruled out when even that many standard deviations would not lift it.
@@ -150,7 +150,8 @@ class Budget:
         share takes about `rest_keys` drawn by estimated weight instead (0: never). exact_keys: where a sequence
         has fewer searched keys in all, they are attended exactly (with k = 0). reach: a run of 32 neighbours is not
         scanned when no key that many deviations above the run's mean would become the best one (with k = 0; 0: all are
-        scanned). reach_keys: where a sequence has fewer searched keys in all, every run is scanned."""
+        scanned). reach_products: where a KV head's searched keys, times the query heads that share it, times head_dim,
+        are fewer, every run is scanned."""
 
     @property
     def k(self) -> int: ...
@@ -171,7 +172,7 @@ class Budget:
     @property
     def reach(self) -> float: ...
     @property
-    def reach_keys(self) -> int: ...
+    def reach_products(self) -> int: ...
 
 class AttendStats:
     """Sums over sequences and query heads."""

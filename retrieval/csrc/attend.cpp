@@ -103,7 +103,8 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     const auto& sequence = parts[static_cast<std::size_t>(seq)];
     std::int64_t num_coded = 0;
     for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-    const bool is_long = budget_.reach > 0.0f && !has_ranks_ && num_coded >= budget_.reach_keys;
+    const bool is_long = budget_.reach > 0.0f && !has_ranks_ &&
+                         num_coded * group * queries_.head_dim >= budget_.reach_products;
     const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
     for (int head = 0; head < queries_.num_q_heads;) {
       const int num = std::min(kMaxGroup, group - head % group);
@@ -119,7 +120,6 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
     }
   }
   drawn_.resize(scan_tasks_.size());
-  is_long_ = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
   is_small_ = scan_tasks_.empty() && !will_list_ && stats_.num_scored * queries_.head_dim <= kSmallProducts;
 }
 

@@ -58,8 +58,8 @@ struct Budget {
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
   float reach = 6.0f;       // a run of neighbours is left out when no key that many deviations above their mean would
                             // become the best; 0: none is
-  int reach_keys = 16384;   // a search of fewer keys of a sequence scans them all: to look at some groups first takes
-                            // longer than it saves
+  std::int64_t reach_products = std::int64_t{1} << 23;  // a search of fewer products of coordinates, of a KV head and
+                            // sequence, scans every run: to look at some groups first takes longer than it saves
 };
 
 // Sums over sequences and query heads.

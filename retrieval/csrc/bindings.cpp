@@ -441,15 +441,15 @@ NB_MODULE(_core, m) {
 
   nb::class_<Budget>(m, "Budget")
       .def("__init__", [](Budget* self, int k, float beta, float deviations, int min_keys, int max_keys,
-                          float rest, int rest_keys, int exact_keys, float reach, int reach_keys) {
+                          float rest, int rest_keys, int exact_keys, float reach, std::int64_t reach_products) {
         require(k >= 0 && beta > 0.0f && deviations >= 0.0f && min_keys >= 0 && max_keys >= 1 && rest >= 0.0f &&
-                    rest_keys >= 1 && exact_keys >= 0 && reach >= 0.0f && reach_keys >= 0,
+                    rest_keys >= 1 && exact_keys >= 0 && reach >= 0.0f && reach_products >= 0,
                 "budget out of range");
-        new (self) Budget{k, beta, deviations, min_keys, max_keys, rest, rest_keys, exact_keys, reach, reach_keys};
+        new (self) Budget{k, beta, deviations, min_keys, max_keys, rest, rest_keys, exact_keys, reach, reach_products};
       }, "k"_a = Budget{}.k, "beta"_a = Budget{}.beta, "deviations"_a = Budget{}.deviations,
          "min_keys"_a = Budget{}.min_keys, "max_keys"_a = Budget{}.max_keys, "rest"_a = Budget{}.rest,
          "rest_keys"_a = Budget{}.rest_keys, "exact_keys"_a = Budget{}.exact_keys,
-         "reach"_a = Budget{}.reach, "reach_keys"_a = Budget{}.reach_keys)
+         "reach"_a = Budget{}.reach, "reach_products"_a = Budget{}.reach_products)
       .def_ro("k", &Budget::k)
       .def_ro("beta", &Budget::beta)
       .def_ro("deviations", &Budget::deviations)
@@ -459,7 +459,7 @@ NB_MODULE(_core, m) {
       .def_ro("rest_keys", &Budget::rest_keys)
       .def_ro("exact_keys", &Budget::exact_keys)
       .def_ro("reach", &Budget::reach)
-      .def_ro("reach_keys", &Budget::reach_keys);
+      .def_ro("reach_products", &Budget::reach_products);
 
   nb::class_<AttendStats>(m, "AttendStats")
       .def_ro("num_visible", &AttendStats::num_visible)

@@ -13,6 +13,9 @@ constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 static_assert(kRunsPerGroup == 2);
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kMeansAhead = 3;     // chunks
+constexpr std::int64_t kChunksPerProbe = 4; // one of so many tells whether means do
+constexpr float kAlike = 1.2f;              // nats
+constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
@@ -160,6 +163,36 @@ void score_means(Unit& unit, const Task& task) {
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) scan.crests[h * scan.num_chunks + c] = tops[h * kBlocksPerChunk];
   }
+}
+
+// The best key is about as good as that of the run with the best mean, or better. Where even so most runs could hold it,
+// few can be left out, unless keys of a run are so alike that groups can be drawn.
+bool means_tell(const Unit& unit, const Budget& budget, float scale) {
+  for (int h = 0; h < unit.queries.num; ++h) {
+    float crest = -kInfinity, own = 0.0f, best = -kInfinity;
+    for (const Partial& partial : unit.partials) best = std::max(best, partial.top[h]);
+    for (const Scan& scan : unit.scans) {
+      own = std::max(own, scan.query.own[h]);
+      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+        crest = std::max(crest, scan.query.base[h] + scan.level_unit(c, h) * scan.crests[h * scan.num_chunks + c]);
+      }
+    }
+    if (scale * own <= kAlike) continue;
+    best = std::max(best, crest + kBestOfRun * own);
+    std::int64_t num_within = 0, num_runs = 0;
+    for (const Scan& scan : unit.scans) {
+      for (std::int64_t c = 0; c < scan.num_chunks; c += kChunksPerProbe) {
+        const float unit_score = std::max(scan.level_unit(c, h), 1e-30f);
+        const float floor = (best - budget.reach * own - scan.query.base[h]) / unit_score;
+        std::uint64_t mask;
+        kernels().select(scan.levels + (h * scan.num_chunks + c) * kChunkRuns, 1, to_word(floor), &mask);
+        num_within += __builtin_popcountll(mask & scan.chunk(c).full_runs);
+        num_runs += kChunkRuns;
+      }
+    }
+    if (2 * num_within > num_runs) return false;
+  }
+  return true;
 }
 
 void choose_first(Unit& unit) {

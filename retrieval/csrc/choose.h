@@ -16,6 +16,9 @@ namespace retrieval {
 // Bounds of the means of the runs of a chunk task.
 void score_means(Unit& unit, const Task& task);
 
+// Whether the means of runs tell keys apart, so that it may pay to choose.
+bool means_tell(const Unit& unit, const Budget& budget, float scale);
+
 // Chooses the groups to begin with: those with the best means, and some at even distances. Their bounds give a first
 // floor, and tell which heads look widely.
 void choose_first(Unit& unit);

@@ -36,6 +36,7 @@ class Job {
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
   void look_first();
+  void scan_all(Unit& unit);
   void find_floors(int k);
   void count_codes();    // of what has been scanned
   void scan_chunks(const Task& task);
@@ -65,7 +66,7 @@ class Job {
   ThreadPool& pool_;
   Arena& arena_;
   const bool will_list_;
-  bool is_long_ = false;   // so are all units: a first look at some groups tells what to look for in all
+  bool is_long_ = false;   // so are all units
   bool is_small_ = false;  // waking a worker takes longer than all the work
   const int first_kv_head_;
   const bool has_ranks_;  // all candidates' scores are needed at once, to find the k best

@@ -40,6 +40,7 @@ void Job::scan() {
   });
   if (scan_tasks_.empty()) return;
   look_first();
+  is_long_ = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
   for_tasks(scan_tasks_, [&](std::size_t i) {
     if (units_[scan_tasks_[i].unit].is_long) {
       drawn_[i] = search_chunks(scan_tasks_[i]);
@@ -57,6 +58,7 @@ void Job::look_first() {
     if (unit.is_long) score_means(unit, scan_tasks_[i]);
   });
   for_units([&](Unit& unit) {
+    if (unit.is_long && !means_tell(unit, budget_, scale_)) scan_all(unit);
     if (!unit.is_long) return;
     choose_first(unit);
     for (const Scan& scan : unit.scans) {
@@ -66,6 +68,11 @@ void Job::look_first() {
     set_start(unit);
     choose_whether(unit, budget_, scale_);
   });
+}
+
+void Job::scan_all(Unit& unit) {
+  unit.is_long = false;
+  for (Scan& scan : unit.scans) scan.stands_for = nullptr;
 }
 
 void Job::prepare(Unit& unit) {
@@ -109,7 +116,7 @@ void Job::count_codes() {
       if (scan.num_chunks == 0) continue;
       const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
       stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
-      if (unit.is_long) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
     }
   }
 }

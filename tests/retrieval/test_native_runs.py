@@ -44,6 +44,7 @@ def codes_of(keys: Tensor, chunk: int = 5000) -> Any:
 def attend(queries: Tensor, parts: list[Any], **budget: float) -> tuple[Tensor, Tensor, list[Any]]:
     """Each row of `queries` by itself, as a decode step does."""
     out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:2])
+    budget = {"reach_products": 1 << 20, **budget}  # all searches here are long ones
     stats = [
         _core.attend_layer(queries[i : i + 1], [parts], SCALE, out[i : i + 1], lse[i : i + 1], _core.Budget(**budget))
         for i in range(len(queries))
@@ -237,7 +238,7 @@ def test_equal_keys_and_empty_queries() -> None:
 
 
 def test_budget_refuses_a_negative_reach() -> None:
-    for wrong in ({"reach": -1.0}, {"reach_keys": -1}):
+    for wrong in ({"reach": -1.0}, {"reach_products": -1}):
         with pytest.raises(ValueError, match="budget"):
             _core.Budget(**wrong)
 
@@ -245,7 +246,7 @@ def test_budget_refuses_a_negative_reach() -> None:
 def test_short_search_scans_every_run() -> None:
     keys, values = topical()
     queries, part = questions(keys, 3, 4.0), _core.Part(keys, values, 0, NUM_KEYS, codes_of(keys))
-    out, lse, stats = attend(queries, [part], reach_keys=NUM_KEYS + 1)
+    out, lse, stats = attend(queries, [part], reach_products=NUM_KEYS * GROUP * HEAD_DIM + 1)
     plain, plain_lse, everything = attend(queries, [part], reach=0)
     assert torch.equal(out, plain)
     assert torch.equal(lse, plain_lse)

@@ -15,7 +15,7 @@ pytest.importorskip("retrieval._core")
 
 def test_lengths_are_compared_kind_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
-    kinds = ["core:reach_keys=1000", "core:reach=0"]
+    kinds = ["core:reach_products=4000000", "core:reach=0"]
     try:
         subject.main(["--lengths", "6000", "40000", "--heads", "0", "--rows", "3", "--repeats", "2", "--kinds", *kinds])
     finally:
