@@ -10,68 +10,13 @@
 namespace retrieval {
 namespace {
 
-// How one head takes keys of one chunk.
-struct Taking {
-  Lot lot;            // its floor goes by the bound alone where the head does not draw
-  bool draws;
-  int least_top;      // below it a block holds nothing
-
-  // Raises the logarithms of chances to this head's; 0 and more: taken for certain.
-  void raise(const Taken& taken, int h, int count, float* chances) const {
-    const std::int16_t* bounds = taken.bounds + h * kTakenStride;
-    for (int n = 0; n < count; ++n) {
-      const float drawn = draws ? lot.log_chance(bounds[n], taken.factors[n]) : -kInfinity;
-      chances[n] = std::max(chances[n], bounds[n] >= lot.draw.sure ? 0.0f : drawn);
-    }
+// Raises the logarithms of chances to those of one head; 0 and more: taken for certain.
+void raise(const Taking& taking, const Taken& taken, int h, int count, float* chances) {
+  const std::int16_t* bounds = taken.bounds + h * kTakenStride;
+  for (int n = 0; n < count; ++n) {
+    const float drawn = taking.draws ? taking.lot.log_chance(bounds[n], taken.factors[n]) : -kInfinity;
+    chances[n] = std::max(chances[n], bounds[n] >= taking.lot.draw.sure ? 0.0f : drawn);
   }
-};
-
-Taking how_to_take(const Unit& unit, const Scan& scan, std::int64_t c, int h, const Found& found, float scale) {
-  Taking taking{{}, found.draws[h], -32768};
-  const int sure = scan.threshold(c, h, taking.draws ? unit.heavy[h] : found.listed[h]);
-  if (taking.draws) {
-    taking.lot = lot_above(unit.floor[h], scan.query.base[h], scan.bound_unit(c, h), scan.query.keys, h, scale);
-  } else {
-    taking.least_top = sure;
-    taking.lot.draw.floor = static_cast<std::int16_t>(std::min(sure, 32767));
-  }
-  taking.lot.draw.sure = static_cast<std::int16_t>(std::min(sure, 32767));
-  return taking;
-}
-
-// Keys of chunk c that any head takes.
-int take(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, const Taking* takings,
-         const Taken& taken) {
-  const int num = unit.queries.num;
-  std::uint32_t wanted = 0;
-  for (int b = 0; b < kBlocksPerChunk; ++b) {
-    bool is_needed = false;
-    for (int h = 0; h < num; ++h) is_needed |= in.tops[h * in.tops_stride + b] >= takings[h].least_top;
-    if (is_needed) wanted |= ((1u << kBlockGroups) - 1) << b * kBlockGroups;
-  }
-  wanted &= scan.chosen[c];
-  if (wanted == 0) return 0;
-  Draw draws[kMaxGroup];
-  std::int16_t floors[kMaxGroup * kChunkGroups];
-  for (int h = 0; h < num; ++h) {
-    draws[h] = takings[h].lot.draw;
-    std::fill_n(floors + h * kChunkGroups, kChunkGroups, draws[h].floor);
-  }
-  // Keys of a group that stands for others are drawn with greater chances.
-  for_each_bit(unit.chooses ? wanted : 0u, [&](int g) {
-    const float stands_for = scan.weight_of(c, g);
-    if (!(stands_for > 1.0f)) return;
-    const float log_times = std::log(stands_for);
-    for (int h = 0; h < num; ++h) {
-      if (takings[h].draws) floors[h * kChunkGroups + g] = takings[h].lot.floor_raised(log_times);
-    }
-  });
-  const std::int64_t first = scan.first_key(c);
-  const auto slot_of = [&](std::int64_t position) {
-    return static_cast<int>(std::clamp<std::int64_t>(position - first, 0, kChunkKeys));
-  };
-  return kernels().take(in.bounds, in.stride, num, scan.chunk(c).keys.factors, lucks_of_keys(unit.start + first), draws,
-                        floors, wanted, slot_of(scan.begin), slot_of(scan.end), taken);
 }
 
 // visit(scan, found, first, count, c, bounds) for every chunk of every list.
@@ -104,29 +49,81 @@ void find_slacks(const Unit& unit, const Scan& scan, std::int64_t c, int count, 
 
 }  // namespace
 
-std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, float scale, Found& found) {
-  const int num = unit.queries.num;
-  Taking takings[kMaxGroup];
-  for (int h = 0; h < num; ++h) takings[h] = how_to_take(unit, scan, c, h, found, scale);
+// Made anew where chunks differ in their unit, or the task has come across a better key.
+void Refiner::set_takings(std::int64_t c) {
+  const float keys_unit = scan_.chunk(c).keys.unit;
+  for (int h = 0; h < unit_.queries.num; ++h) {
+    Taking& taking = takings_[h];
+    if (keys_unit == keys_unit_ && taking.draws == found_.draws[h] && taking.listed == found_.listed[h]) continue;
+    taking = {{}, found_.draws[h], found_.listed[h], -32768};
+    const int sure = scan_.threshold(c, h, taking.draws ? unit_.heavy[h] : taking.listed);
+    if (taking.draws) {
+      taking.lot = lot_above(unit_.floor[h], scan_.query.base[h], scan_.bound_unit(c, h), scan_.query.keys, h, scale_);
+    } else {
+      taking.least_top = sure;
+      taking.lot.draw.floor = static_cast<std::int16_t>(std::min(sure, 32767));
+    }
+    taking.lot.draw.sure = static_cast<std::int16_t>(std::min(sure, 32767));
+  }
+  keys_unit_ = keys_unit;
+}
+
+// Keys of chunk c that any head takes.
+int Refiner::take(std::int64_t c, const ChunkBounds& in, const Taken& taken) const {
+  const int num = unit_.queries.num;
+  std::uint32_t wanted = 0;
+  for (int b = 0; b < kBlocksPerChunk; ++b) {
+    bool is_needed = false;
+    for (int h = 0; h < num; ++h) is_needed |= in.tops[h * in.tops_stride + b] >= takings_[h].least_top;
+    if (is_needed) wanted |= ((1u << kBlockGroups) - 1) << b * kBlockGroups;
+  }
+  wanted &= scan_.chosen[c];
+  if (wanted == 0) return 0;
+  Draw draws[kMaxGroup];
+  std::int16_t floors[kMaxGroup * kChunkGroups];
+  for (int h = 0; h < num; ++h) {
+    draws[h] = takings_[h].lot.draw;
+    std::fill_n(floors + h * kChunkGroups, kChunkGroups, draws[h].floor);
+  }
+  // Keys of a group that stands for others are drawn with greater chances.
+  for_each_bit(unit_.chooses ? wanted : 0u, [&](int g) {
+    const float stands_for = scan_.weight_of(c, g);
+    if (!(stands_for > 1.0f)) return;
+    const float log_times = std::log(stands_for);
+    for (int h = 0; h < num; ++h) {
+      if (takings_[h].draws) floors[h * kChunkGroups + g] = takings_[h].lot.floor_raised(log_times);
+    }
+  });
+  const std::int64_t first = scan_.first_key(c);
+  const auto slot_of = [&](std::int64_t position) {
+    return static_cast<int>(std::clamp<std::int64_t>(position - first, 0, kChunkKeys));
+  };
+  return kernels().take(in.bounds, in.stride, num, scan_.chunk(c).keys.factors, lucks_of_keys(unit_.start + first), draws,
+                        floors, wanted, slot_of(scan_.begin), slot_of(scan_.end), taken);
+}
+
+std::int64_t Refiner::refine(std::int64_t c, const ChunkBounds& in) {
+  const int num = unit_.queries.num;
+  set_takings(c);
   std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
   const Taken taken{slots, factors, bounds};
-  const int count = take(unit, scan, c, in, takings, taken);
-  found.counts.push_back(count);
+  const int count = take(c, in, taken);
+  found_.counts.push_back(count);
   if (count == 0) return 0;
   std::int32_t positions[kChunkKeys];
   float inverses[kChunkKeys];
-  const auto first = static_cast<std::int32_t>(scan.first_key(c));
+  const auto first = static_cast<std::int32_t>(scan_.first_key(c));
   for (int n = 0; n < count; ++n) positions[n] = first + slots[n];
   std::int64_t num_drawn = 0;
-  if (!unit.draws_any()) {
+  if (!unit_.draws_any()) {
     std::fill_n(inverses, count, 1.0f);  // no group stands for others either
   } else {
     float chances[kChunkKeys], stand_for[kChunkKeys];
     std::fill_n(chances, count, -kInfinity);
-    for (int h = 0; h < num; ++h) takings[h].raise(taken, h, count, chances);
+    for (int h = 0; h < num; ++h) raise(takings_[h], taken, h, count, chances);
     std::fill_n(stand_for, count, 1.0f);
-    for (int n = 0; unit.chooses && n < count; ++n) stand_for[n] = scan.weight_of(c, slots[n] / kGroupKeys);
-    for (int n = 0; unit.chooses && n < count; ++n) {
+    for (int n = 0; unit_.chooses && n < count; ++n) stand_for[n] = scan_.weight_of(c, slots[n] / kGroupKeys);
+    for (int n = 0; unit_.chooses && n < count; ++n) {
       if (stand_for[n] > 1.0f) chances[n] += std::log(stand_for[n]);
     }
     for (int n = 0; n < count; ++n) chances[n] = std::min(0.0f, chances[n]);
@@ -137,10 +134,10 @@ std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const Ch
       num_drawn += inverses[n] > 1.0f ? 1 : 0;
     }
   }
-  found.positions.insert(found.positions.end(), positions, positions + count);
-  found.inverses.insert(found.inverses.end(), inverses, inverses + count);
+  found_.positions.insert(found_.positions.end(), positions, positions + count);
+  found_.inverses.insert(found_.inverses.end(), inverses, inverses + count);
   for (int h = 0; h < num; ++h) {
-    found.bounds.insert(found.bounds.end(), bounds + h * kTakenStride, bounds + h * kTakenStride + count);
+    found_.bounds.insert(found_.bounds.end(), bounds + h * kTakenStride, bounds + h * kTakenStride + count);
   }
   return num_drawn;
 }

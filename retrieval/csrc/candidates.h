@@ -5,14 +5,41 @@
 #include <cstdint>
 #include <vector>
 
+#include "luck.h"
 #include "unit.h"
 
 namespace retrieval {
 
-// Lists the candidates of chunk c, scanned into `in`: keys whose bound reaches `listed` of a head; of a head that looks
-// widely, those whose estimate reaches its floor and some of the others, drawn once for all such heads of the unit.
-// Returns how many were drawn.
-std::int64_t refine(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& in, float scale, Found& found);
+// How one head takes keys of one chunk.
+struct Taking {
+  Lot lot;                 // its floor goes by the bound alone where the head does not draw
+  bool draws = false;
+  float listed = 0.0f;     // what bounds must reach where it does not
+  int least_top = -32768;  // below it a block holds nothing
+};
+
+// Lists the candidates of a task.
+class Refiner {
+ public:
+  Refiner(const Unit& unit, const Scan& scan, float scale, Found& found)
+      : unit_(unit), scan_(scan), scale_(scale), found_(found) {}
+
+  // Those of chunk c, scanned into `in`: keys whose bound reaches `listed` of a head; of a head that looks widely, those
+  // whose estimate reaches its floor and some of the others, drawn once for all such heads of the unit. Returns how many
+  // were drawn.
+  std::int64_t refine(std::int64_t c, const ChunkBounds& in);
+
+ private:
+  void set_takings(std::int64_t c);
+  int take(std::int64_t c, const ChunkBounds& in, const Taken& taken) const;
+
+  const Unit& unit_;
+  const Scan& scan_;
+  const float scale_;
+  Found& found_;
+  float keys_unit_ = -1.0f;  // of the chunk that takings_ are made for
+  Taking takings_[kMaxGroup];
+};
 
 // Drops keys whose bounds no longer reach what is listed, since a better key came later; those that were drawn if no head
 // draws any more.

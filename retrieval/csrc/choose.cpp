@@ -43,75 +43,112 @@ std::uint64_t odd_runs(const CodeChunk& chunk, float radius) {
   return odd;
 }
 
-// Runs of chunk c where a key so many deviations above the mean would reach `distance` below the floor of any head.
-std::uint64_t runs_within(const Unit& unit, const Scan& scan, std::int64_t c, float deviations, float distance) {
-  const CodeChunk& chunk = scan.chunk(c);
-  Draw draws[kMaxGroup];
-  bool is_needed = false;
-  for (int h = 0; h < unit.queries.num; ++h) {
-    const float unit_score = std::max(scan.level_unit(c, h), 1e-30f);
-    // However far it lies from the mean, a key scores no more above it than this times the radius.
-    float reach = scan.query.norm[h];
-    if (scan.query.radius > 0.0f) reach = std::min(reach, deviations * scan.query.own[h] / scan.query.radius);
-    const float steps = std::ceil(reach * chunk.radius_unit / unit_score * 32768.0f);
-    // The mean itself is known but for the error of its code. Both deviate by themselves, so their squares add up; of a
-    // narrow run the error is the larger part.
-    const float error = deviations * scan.query.means.deviation[h] * chunk.means.unit;
-    const float narrow = 0.5f * reach * scan.query.radius;
-    const float lowest = unit.group_floor[h] - distance - (std::hypot(narrow, error) - narrow);
-    const float floor = std::floor((lowest - scan.query.base[h]) / unit_score) - 2.0f;
-    if (steps > 32767.0f || floor < -32767.0f) return chunk.full_runs;
-    draws[h].lift = to_word(-steps);
-    draws[h].floor = to_word(floor);
-    is_needed |= static_cast<float>(scan.crests[h * scan.num_chunks + c]) + steps >= floor;
-  }
-  if (!is_needed) return 0;
-  static constexpr std::int16_t kNoLuck[kGroupKeys] = {};
-  std::uint64_t masks[kMaxGroup], any = 0;
-  kernels().draw(scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, unit.queries.num, chunk.radii, kNoLuck,
-                 draws, masks);
-  for (int h = 0; h < unit.queries.num; ++h) any |= masks[h];
-  return any & chunk.full_runs;
-}
+// Runs where a key so many deviations above the mean would reach `distance` below the floor of any head.
+class Reach {
+ public:
+  Reach(const Unit& unit, const Scan& scan, float deviations, float distance)
+      : unit_(unit), scan_(scan), deviations_(deviations), distance_(distance) {}
 
-// Groups of chunk c, those in `left_out` excepted, that some head draws; each then stands for others.
-std::uint32_t draw_groups(const Unit& unit, const Scan& scan, std::int64_t c, std::uint32_t left_out, float scale) {
-  const CodeGroups& means = scan.chunk(c).means;
-  Lot lots[kMaxGroup];
-  Draw draws[kMaxGroup];
-  int num = 0, heads[kMaxGroup];
-  for (int h = 0; h < unit.queries.num; ++h) {
-    if (unit.group_certain[h] == kInfinity) continue;
-    lots[h] = lot_above(unit.group_certain[h], scan.query.base[h], scan.level_unit(c, h), scan.query.means, h, scale);
-    draws[num] = lots[h].draw;
-    heads[num++] = h;
-  }
-  if (num == 0) return 0;
-  const std::int16_t* luck = lucks_of_groups(unit.start + scan.first_key(c) / kGroupKeys);
-  std::uint64_t runs = 0;
-  for (int n = 0; n < num; ++n) {
-    std::uint64_t mask;
-    kernels().draw(scan.levels + (heads[n] * scan.num_chunks + c) * kChunkRuns, 0, 1, means.factors, luck, draws + n,
-                   &mask);
-    runs |= mask;
-  }
-  std::uint32_t drawn = 0;
-  for_each_bit(runs & scan.chunk(c).full_runs, [&](int r) {
-    const int g = r / kRunsPerGroup;
-    if (((left_out | drawn) >> g & 1u) != 0) return;
-    drawn |= 1u << g;
-    float chance = -kInfinity;
-    for (int n = 0; n < num; ++n) {
-      const std::int16_t* levels = scan.levels + (heads[n] * scan.num_chunks + c) * kChunkRuns;
-      for (int each = kRunsPerGroup * g; each < kRunsPerGroup * (g + 1); ++each) {
-        if ((scan.chunk(c).full_runs >> each & 1u) == 0) continue;
-        chance = std::max(chance, lots[heads[n]].log_chance(levels[each], means.factors[each]));
-      }
+  std::uint64_t runs_of(std::int64_t c) {
+    const CodeChunk& chunk = scan_.chunk(c);
+    if (chunk.means.unit != means_unit_ || chunk.radius_unit != radius_unit_) measure(chunk);
+    if (reaches_all_) return chunk.full_runs;
+    bool is_needed = false;
+    for (int h = 0; h < unit_.queries.num; ++h) {
+      is_needed |= scan_.crests[h * scan_.num_chunks + c] - draws_[h].lift >= draws_[h].floor;
     }
-    scan.stands_for[c * kChunkGroups + g] = 1.0f / std::max(kLeastChance, std::exp(std::min(0.0f, chance)));
-  });
-  return drawn;
-}
+    if (!is_needed) return 0;
+    static constexpr std::int16_t kNoLuck[kGroupKeys] = {};
+    std::uint64_t masks[kMaxGroup], any = 0;
+    kernels().draw(scan_.levels + c * kChunkRuns, scan_.num_chunks * kChunkRuns, unit_.queries.num, chunk.radii, kNoLuck,
+                   draws_, masks);
+    for (int h = 0; h < unit_.queries.num; ++h) any |= masks[h];
+    return any & chunk.full_runs;
+  }
+
+ private:
+  // In units of the chunk, which most chunks share.
+  void measure(const CodeChunk& chunk) {
+    means_unit_ = chunk.means.unit;
+    radius_unit_ = chunk.radius_unit;
+    reaches_all_ = false;
+    for (int h = 0; h < unit_.queries.num; ++h) {
+      const float unit_score = std::max(scan_.query.means.slope[h] * means_unit_, 1e-30f);
+      // However far it lies from the mean, a key scores no more above it than this times the radius.
+      float reach = scan_.query.norm[h];
+      if (scan_.query.radius > 0.0f) reach = std::min(reach, deviations_ * scan_.query.own[h] / scan_.query.radius);
+      const float steps = std::ceil(reach * radius_unit_ / unit_score * 32768.0f);
+      // The mean itself is known but for the error of its code. Both deviate by themselves, so their squares add up; of
+      // a narrow run the error is the larger part.
+      const float error = deviations_ * scan_.query.means.deviation[h] * means_unit_;
+      const float narrow = 0.5f * reach * scan_.query.radius;
+      const float lowest = unit_.group_floor[h] - distance_ - (std::hypot(narrow, error) - narrow);
+      const float floor = std::floor((lowest - scan_.query.base[h]) / unit_score) - 2.0f;
+      reaches_all_ |= steps > 32767.0f || floor < -32767.0f;
+      draws_[h].lift = to_word(-steps);
+      draws_[h].floor = to_word(floor);
+    }
+  }
+
+  const Unit& unit_;
+  const Scan& scan_;
+  const float deviations_, distance_;
+  float means_unit_ = -1.0f, radius_unit_ = -1.0f;  // of the chunk that was measured last
+  bool reaches_all_ = false;
+  Draw draws_[kMaxGroup];
+};
+
+// Groups that some head draws.
+class GroupLots {
+ public:
+  GroupLots(const Unit& unit, const Scan& scan, float scale) : unit_(unit), scan_(scan), scale_(scale) {
+    for (int h = 0; h < unit.queries.num; ++h) {
+      if (unit.group_certain[h] != kInfinity) heads_[num_++] = h;
+    }
+  }
+
+  // Of chunk c, those in `left_out` excepted; each then stands for others.
+  std::uint32_t draw(std::int64_t c, std::uint32_t left_out) {
+    if (num_ == 0) return 0;
+    const CodeChunk& chunk = scan_.chunk(c);
+    for (int n = 0; n < num_ && chunk.means.unit != means_unit_; ++n) {
+      const int h = heads_[n];
+      lots_[n] = lot_above(unit_.group_certain[h], scan_.query.base[h], scan_.level_unit(c, h), scan_.query.means, h, scale_);
+    }
+    means_unit_ = chunk.means.unit;
+    const std::int16_t* luck = lucks_of_groups(unit_.start + scan_.first_key(c) / kGroupKeys);
+    const auto levels_of = [&](int n) { return scan_.levels + (heads_[n] * scan_.num_chunks + c) * kChunkRuns; };
+    std::uint64_t runs = 0;
+    for (int n = 0; n < num_; ++n) {
+      std::uint64_t mask;
+      kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &lots_[n].draw, &mask);
+      runs |= mask;
+    }
+    std::uint32_t drawn = 0;
+    for_each_bit(runs & chunk.full_runs, [&](int r) {
+      const int g = r / kRunsPerGroup;
+      if (((left_out | drawn) >> g & 1u) != 0) return;
+      drawn |= 1u << g;
+      float chance = -kInfinity;
+      for (int n = 0; n < num_; ++n) {
+        for (int each = kRunsPerGroup * g; each < kRunsPerGroup * (g + 1); ++each) {
+          if ((chunk.full_runs >> each & 1u) == 0) continue;
+          chance = std::max(chance, lots_[n].log_chance(levels_of(n)[each], chunk.means.factors[each]));
+        }
+      }
+      scan_.stands_for[c * kChunkGroups + g] = 1.0f / std::max(kLeastChance, std::exp(std::min(0.0f, chance)));
+    });
+    return drawn;
+  }
+
+ private:
+  const Unit& unit_;
+  const Scan& scan_;
+  const float scale_;
+  int num_ = 0, heads_[kMaxGroup];
+  float means_unit_ = -1.0f;  // of the chunk drawn from last
+  Lot lots_[kMaxGroup];
+};
 
 // Groups of chunk c that hold any of the runs.
 std::uint32_t groups_of(std::uint64_t runs) {
@@ -120,14 +157,26 @@ std::uint32_t groups_of(std::uint64_t runs) {
   return groups;
 }
 
-void choose_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const Budget& budget, float scale) {
-  const CodeChunk& chunk = scan.chunk(c);
-  std::uint64_t passed = ~chunk.full_runs | odd_runs(chunk, scan.query.radius);
-  passed |= runs_within(unit, scan, c, budget.reach, 0.0f);
-  passed |= runs_within(unit, scan, c, 0.5f * budget.reach, kNear / scale);
-  scan.chosen[c] |= groups_of(passed);
-  scan.chosen[c] |= draw_groups(unit, scan, c, scan.chosen[c], scale);
-}
+class Chooser {
+ public:
+  Chooser(const Unit& unit, const Scan& scan, const Budget& budget, float scale)
+      : scan_(scan), far_(unit, scan, budget.reach, 0.0f), near_(unit, scan, 0.5f * budget.reach, kNear / scale),
+        lots_(unit, scan, scale) {}
+
+  // Adds to what is chosen of chunk c.
+  void choose(std::int64_t c) {
+    const CodeChunk& chunk = scan_.chunk(c);
+    const std::uint64_t passed =
+        ~chunk.full_runs | odd_runs(chunk, scan_.query.radius) | far_.runs_of(c) | near_.runs_of(c);
+    scan_.chosen[c] |= groups_of(passed);
+    scan_.chosen[c] |= lots_.draw(c, scan_.chosen[c]);
+  }
+
+ private:
+  const Scan& scan_;
+  Reach far_, near_;
+  GroupLots lots_;
+};
 
 // From floor, draws and total of each head: what a group must reach, or how it is drawn.
 void set_group_floors(Unit& unit, float scale) {
@@ -239,9 +288,10 @@ void choose_whether(Unit& unit, const Budget& budget, float scale) {
   if (!unit.chooses) return;
   std::int64_t num_chosen = 0, num_groups = 0;
   for (const Scan& scan : unit.scans) {
+    Chooser chooser(unit, scan, budget, scale);
     const std::int64_t step = std::max<std::int64_t>(1, scan.num_chunks / kProbedChunks);
     for (std::int64_t c = step / 2; c < scan.num_chunks; c += step) {
-      choose_chunk(unit, scan, c, budget, scale);
+      chooser.choose(c);
       num_chosen += __builtin_popcount(scan.chosen[c]);
       num_groups += kChunkGroups;
     }
@@ -253,9 +303,10 @@ void choose_whether(Unit& unit, const Budget& budget, float scale) {
 
 void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale) {
   Scan& scan = unit.scans[task.run];
+  Chooser chooser(unit, scan, budget, scale);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     if (c + 1 < task.end) fetch(scan.chunk(c + 1));
-    choose_chunk(unit, scan, c, budget, scale);
+    chooser.choose(c);
     if (__builtin_popcount(scan.chosen[c]) > kChunkGroups / 2) continue;
     for_each_bit(scan.chosen[c], [&](int g) { fetch(scan.chunk(c).keys, g, unit.queries.head_dim); });
   }

@@ -17,6 +17,7 @@ namespace retrieval {
 namespace {
 
 constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '7'};
+constexpr std::int16_t kLeastLargest = 4096;  // largest factor of a chunk, below which its unit is too coarse for the next
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -159,6 +160,11 @@ void LayerCodes::add_chunk(HeadCodes& head) {
   }
 }
 
+void CodeGroups::follow(const CodeGroups& before) {
+  const std::int16_t largest = *std::max_element(before.factors, before.factors + before.num_factors());
+  unit = largest >= kLeastLargest ? before.unit : 1.25f * before.unit * static_cast<float>(largest) / 32768.0f;
+}
+
 void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim) {
   for (int p = 0; p < bits; ++p) {
     auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
@@ -204,7 +210,9 @@ float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
 void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_new) {
   for (std::int64_t i = 0; i < num_new; ++i) {
     const std::int64_t position = num_keys_ + i;
-    CodeChunk& chunk = head.chunks[static_cast<std::size_t>(position / kChunkKeys)];
+    const auto at = static_cast<std::size_t>(position / kChunkKeys);
+    CodeChunk& chunk = head.chunks[at];
+    if (at > 0 && position % kChunkKeys == 0) chunk.keys.follow(head.chunks[at - 1].keys);
     chunk.keys.put(static_cast<int>(position % kChunkKeys), keys.codes.data() + i * head_dim_,
                    keys.factors[static_cast<std::size_t>(i)], head_dim_);
   }

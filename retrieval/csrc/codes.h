@@ -60,6 +60,8 @@ struct CodeGroups {
     return static_cast<std::size_t>(num_groups * bits * plane_bytes(head_dim));
   }
   std::size_t nbytes(int head_dim) const { return plane_total(head_dim) + num_factors() * sizeof(std::int16_t); }
+  // Begins with the unit of the groups before, unless a smaller one will do: what is made of it serves for both.
+  void follow(const CodeGroups& before);
   // Puts a code [head_dim] into a slot; slots are filled in order.
   void put(int slot, const std::uint8_t* code, float factor, int head_dim);
 };

@@ -102,8 +102,9 @@ std::int64_t Job::refine_chunks(const Task& task) {
   Found& found = scan.found[task.slot];
   std::int64_t num_drawn = 0;
   begin(unit, task, found);
+  Refiner refiner(unit, scan, scale_, found);
   for (std::int64_t c = task.begin; c < task.end; ++c) {
-    num_drawn += refine(unit, scan, c, scan.bounds_of(c), scale_, found);
+    num_drawn += refiner.refine(c, scan.bounds_of(c));
   }
   return num_drawn;
 }
@@ -134,11 +135,12 @@ std::int64_t Job::search_chunks(const Task& task) {
     std::fill(scan.chosen + task.begin, scan.chosen + task.end, ~0u);
   }
   begin(unit, task, found);
+  Refiner refiner(unit, scan, scale_, found);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, scale_, found);
-    num_drawn += refine(unit, scan, c, here, scale_, found);
+    num_drawn += refiner.refine(c, here);
   }
   return num_drawn;
 }

@@ -18,6 +18,14 @@ void keep_radius(CodeChunk& chunk, int run, float radius) {
   chunk.full_runs |= std::uint64_t{1} << run;
 }
 
+// Units of the chunk before, where they serve as well.
+void follow(CodeChunk& chunk, const CodeChunk& before) {
+  chunk.means.follow(before.means);
+  const std::int16_t largest = *std::max_element(before.radii, before.radii + kChunkRuns);
+  const bool is_fine = static_cast<float>(largest) >= 0.125f * kRadiusSteps;
+  chunk.radius_unit = is_fine ? before.radius_unit : 1.25f * before.radius_unit * static_cast<float>(largest) / kRadiusSteps;
+}
+
 }  // namespace
 
 RunSummaries::RunSummaries(std::int64_t num_runs, int head_dim)
@@ -52,6 +60,7 @@ void RunSummaries::add_to(HeadCodes& head, std::int64_t num_runs) const {
     const std::int64_t run = num_runs + static_cast<std::int64_t>(i);
     CodeChunk& chunk = head.chunks[static_cast<std::size_t>(run / kChunkRuns)];
     const auto at = static_cast<int>(run % kChunkRuns);
+    if (at == 0 && run > 0) follow(chunk, head.chunks[static_cast<std::size_t>(run / kChunkRuns) - 1]);
     chunk.means.put(at, codes_.data() + i * dims, factors_[i], head_dim_);
     keep_radius(chunk, at, radii_[i]);
     const float* offset = offsets_.data() + i * dims;
