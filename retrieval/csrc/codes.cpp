@@ -18,6 +18,7 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '7'};
 constexpr std::int16_t kLeastLargest = 4096;  // largest factor of a chunk, below which its unit is too coarse for the next
+constexpr std::size_t kMeansTogether = 8;  // chunks
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -104,7 +105,9 @@ std::int64_t LayerCodes::num_keys() const {
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
-  for (const Pages& pages : pages_) total += static_cast<std::int64_t>(pages.bytes());
+  for (const auto* kind : {&key_pages_, &mean_pages_}) {
+    for (const Pages& pages : *kind) total += static_cast<std::int64_t>(pages.bytes());
+  }
   for (const HeadCodes& head : heads_) {
     const std::size_t num_floats = head.centroid.size() + head.pending.size() + head.scatter.size();
     total += static_cast<std::int64_t>(num_floats * sizeof(float) + head.chunks.size() * sizeof(CodeChunk));
@@ -150,14 +153,16 @@ void LayerCodes::add_chunk(HeadCodes& head) {
   chunk.keys.bits = bits_;
   chunk.means.num_groups = 1;
   chunk.means.bits = kMeanBits;
-  const std::size_t total = chunk.keys.nbytes(head_dim_) + chunk.means.nbytes(head_dim_);
-  if (at == pages_.size()) pages_.emplace_back(heads_.size() * total);
-  std::byte* place = pages_[at].data() + static_cast<std::size_t>(&head - heads_.data()) * total;
-  for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-    groups->planes = place;
-    groups->factors = reinterpret_cast<std::int16_t*>(place + groups->plane_total(head_dim_));
-    place += groups->nbytes(head_dim_);
-  }
+  // Means of some chunks lie together, since a search reads them in a row.
+  const auto number = static_cast<std::size_t>(&head - heads_.data());
+  const auto place = [&](CodeGroups& groups, std::vector<Pages>& pages, std::size_t together) {
+    const std::size_t each = groups.nbytes(head_dim_);
+    if (at / together == pages.size()) pages.emplace_back(heads_.size() * together * each);
+    groups.planes = pages[at / together].data() + (number * together + at % together) * each;
+    groups.factors = reinterpret_cast<std::int16_t*>(groups.planes + groups.plane_total(head_dim_));
+  };
+  place(chunk.keys, key_pages_, 1);
+  place(chunk.means, mean_pages_, kMeansTogether);
 }
 
 void CodeGroups::follow(const CodeGroups& before) {

@@ -133,7 +133,8 @@ class LayerCodes {
   std::shared_ptr<const std::vector<float>> maps_;
   std::int64_t num_keys_ = 0;
   std::vector<HeadCodes> heads_;
-  std::vector<Pages> pages_;           // a chunk of every head
+  std::vector<Pages> key_pages_;       // a chunk of every head
+  std::vector<Pages> mean_pages_;      // some chunks of every head
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;
 };
