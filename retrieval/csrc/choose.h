@@ -1,9 +1,10 @@
 // The groups of keys that a search of a long context scans.
 //
 // The mean of a run tells how high its keys may score: a group of two runs where even a key some deviations off the mean
-// would not matter to any head is ruled out unseen, unless a key in it is unlike all others. Heads that look widely draw from all keys; of the groups in which no single
-// key could weigh much they draw some, in proportion to the weight that the means foretell, and each stands for the
-// others like it. What is drawn of its keys then keeps exactly the chance that it would have had.
+// would not matter to any head is ruled out unseen, unless a key in it is unlike all others. Heads that look widely draw
+// from all keys; of the groups in which no single key could weigh much they draw some, in proportion to the weight that
+// the means foretell, and each stands for the others like it. What is drawn of its keys then keeps exactly the chance
+// that it would have had.
 #pragma once
 
 #include <cstdint>

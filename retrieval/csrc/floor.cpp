@@ -128,7 +128,8 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
       if (probes[i].scan == s) positions.push_back(probes[i].position);
     }
     const auto count = static_cast<int>(positions.size());
-    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done, count);
+    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done,
+                    count);
     done += positions.size();
   }
   return scores;
@@ -171,11 +172,10 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   unit.listed[h] = listed_from(unit, h, unit.best[h], budget, scale);
 }
 
-// A bound lies z = `deviations` deviations s of an estimate above it. The best key must hardly be missed, but one that is
-// t nats below it weighs e^-t, and may be missed as much more often: by a bound that reaches up to z - sqrt(z^2 - t)
-// deviations less than its score, for the tail of a Gaussian goes as e^(-z^2 / 2), and e^(t/2) times as often leaves
-// e^(t/2) of the other half for there being more of such keys. So bounds t - s (z - sqrt(z^2 - t)) nats below the best
-// key are low enough for keys t below it; the largest of these, over t up to beta, for all.
+// A bound lies z = `deviations` deviations s of an estimate above it, so that the best key is hardly ever missed. A key t
+// nats below it weighs e^-t and may be missed e^(t/2) times as often, which allows for there being more of such keys: the
+// tail of a Gaussian goes as e^(-z^2 / 2), so sqrt(z^2 - t) deviations will do for it, and a bound that is t - s (z -
+// sqrt(z^2 - t)) nats below the best key. What is listed is the lowest of these, over t up to beta.
 float listed_from(const Unit& unit, int h, float best, const Budget& budget, float scale) {
   if (best == -kInfinity) return -kInfinity;
   const float z = budget.deviations, half = 0.5f * scale * unit.spread[h];
@@ -204,7 +204,8 @@ void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const Chu
       for (int g = 0; g < kBlockGroups; ++g) {
         const std::uint64_t mask = masks[g] & scan.visible(c, b * kBlockGroups + g);
         if (mask == 0) continue;
-        positions[count++] = static_cast<std::int32_t>(scan.first_key(c) + b * kBlockKeys + g * kGroupKeys + __builtin_ctzll(mask));
+        const std::int64_t first = scan.first_key(c) + b * kBlockKeys + g * kGroupKeys;
+        positions[count++] = static_cast<std::int32_t>(first + __builtin_ctzll(mask));
         break;
       }
     }

@@ -138,6 +138,7 @@ std::int64_t Job::search_chunks(const Task& task) {
   Refiner refiner(unit, scan, scale_, found);
   std::int64_t num_drawn = 0;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
+    if (scan.chosen[c] == 0) continue;
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, scale_, found);
     num_drawn += refiner.refine(c, here);

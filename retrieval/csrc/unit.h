@@ -39,7 +39,7 @@ struct Found {
   std::vector<std::int32_t> positions;
   std::vector<float> inverses;             // one over the chance that a key was drawn; 1 if it was not left to chance
   std::vector<std::int16_t> bounds;        // [num][counts[i]] of each chunk i
-  std::vector<int> counts;                 // by chunk of the task
+  std::vector<int> counts;                 // of each chunk that was scanned
   float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
   bool draws[kMaxGroup];
   std::int64_t num_probed[kMaxGroup] = {};   // keys scored to know the best
