@@ -189,8 +189,24 @@ class NativeDecoder(Decoder):
 
     def _bind_row(self, row: DecodeRow) -> BoundRow:
         others = [run for run in row.runs if not _is_native(run)]
-        row.bound = BoundRow(self._parts(row.context, row.runs), others)
+        row.bound = BoundRow(self._parts(row.context, self._joined(row.runs)), others)
         return row.bound
+
+    def _joined(self, runs: list[Run]) -> list[Run]:
+        """Where the core would attend so few keys exactly anyway, the pieces of a buffer as one run."""
+        num_searched = sum([run.end - run.begin for run in runs if run.indexed is not None])
+        if num_searched == 0 or self._budget.k > 0 or num_searched >= self._budget.exact_keys:
+            return runs
+        joined: list[Run] = []
+        for run in runs:
+            last = joined[-1] if joined else None
+            if not _is_native(run):
+                joined.append(run)
+            elif last is not None and last.kv is run.kv and last.end == run.begin and _is_native(last):
+                joined[-1] = Run(run.kv, last.begin, run.end)
+            else:
+                joined.append(Run(run.kv, run.begin, run.end))
+        return joined
 
     def _parts(self, context: Context, runs: list[Run]) -> list[list[Any]]:
         """Parts of all layers; between steps mostly only ranges move, so the parts themselves are kept."""

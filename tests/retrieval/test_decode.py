@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from retrieval.context import Context
-from retrieval.decode import DecodeStats
+from retrieval.decode import DecodeRow, DecodeStats, NativeDecoder
+from retrieval.segment_index import CodesMaker
 
 # of outputs of about 1, against float64. bf16 and fp16: each exact run's output is rounded once by its kernel
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -89,3 +90,23 @@ def test_a_lone_token_attends_to_itself(world: Any, decode: Any) -> None:
 def test_no_run_at_all_gives_zeros(world: Any, decode: Any) -> None:
     out = decode(world.randn(4, 16), world.context(), [], 0, 10)
     assert torch.equal(out, torch.zeros(4, 16))
+
+
+@pytest.mark.parametrize(("exact_keys", "num_parts"), [(92, 3), (91, 5)])  # 56 and 35 keys are searched
+def test_where_few_keys_are_searched_buffers_are_attended_whole(
+    world: Any, oracle: Any, exact_keys: int, num_parts: int
+) -> None:
+    core = pytest.importorskip("retrieval._core")
+    maker = CodesMaker(core, core.Budget(exact_keys=exact_keys))
+    context: Context = world.context([60, 40], num_tail=2)
+    for entry, begin in zip(context.path, (4, 0), strict=True):
+        kv = entry.segment.kv
+        entry.segment.index = maker.index(begin, [maker.encode(kv, layer, kv.length) for layer in range(2)], kv)
+    world.extend(context.tail, 1, commit=False)
+    queries, decoder = world.randn(4, 16), NativeDecoder(0, core, maker.budget)
+    for layer_idx in range(2):
+        row = DecodeRow(context, context.decode_runs(1))
+        out = decoder.attend(queries[None], [row], layer_idx, world.scale, DecodeStats())[0]
+        expected = oracle(queries[:, None], *world.all_kv(context, layer_idx, 1), world.scale)[:, 0]
+        torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+        assert len(context.decode_cache.layers[layer_idx]) == num_parts
