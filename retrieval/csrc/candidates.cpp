@@ -61,7 +61,6 @@ void Refiner::set_takings(std::int64_t c) {
       taking.lot = lot_above(unit_.floor[h], scan_.query.base[h], scan_.bound_unit(c, h), scan_.query.keys, h, scale_);
     } else {
       taking.least_top = sure;
-      taking.lot.draw.floor = static_cast<std::int16_t>(std::min(sure, 32767));
     }
     taking.lot.draw.sure = static_cast<std::int16_t>(std::min(sure, 32767));
   }

@@ -12,7 +12,7 @@ namespace retrieval {
 
 // How one head takes keys of one chunk.
 struct Taking {
-  Lot lot;                 // its floor goes by the bound alone where the head does not draw
+  Lot lot;                 // what is sure alone where the head does not draw
   bool draws = false;
   float listed = 0.0f;     // what bounds must reach where it does not
   int least_top = -32768;  // below it a block holds nothing

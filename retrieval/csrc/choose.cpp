@@ -20,7 +20,6 @@ constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell wheth
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
 constexpr float kKeysPerGroup = 6.0f;       // drawn from a drawn group, about
-constexpr float kLargestVariance = 4.0f;    // nats squared; keys that differ more are not told by a mean
 
 // Codes that will be scanned soon, on their way from memory.
 void fetch(const CodeGroups& groups, int g, int head_dim) {
@@ -185,14 +184,13 @@ void set_group_floors(Unit& unit, float scale) {
     unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
     unit.group_certain[h] = kInfinity;
     if (unit.draws[h] == 0.0f) continue;
-    float variance = 0.0f;
-    for (const Scan& scan : unit.scans) variance = std::max(variance, scale * scale * scan.query.own[h] * scan.query.own[h]);
-    if (!(variance > 0.0f && variance <= kLargestVariance)) {
+    const float own = scale * unit.own(h);
+    if (!(own > 0.0f && own <= kLargestOwn)) {
       unit.group_floor[h] = -kInfinity;
       continue;
     }
     unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
-    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * variance);  // per weight of a key
+    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * own * own);  // per weight of a key
     unit.group_certain[h] = unit.best[h] - std::log(draws) / scale;
   }
 }
@@ -218,15 +216,15 @@ void score_means(Unit& unit, const Task& task) {
 // few can be left out, unless keys of a run are so alike that groups can be drawn.
 bool means_tell(const Unit& unit, const Budget& budget, float scale) {
   for (int h = 0; h < unit.queries.num; ++h) {
-    float crest = -kInfinity, own = 0.0f, best = -kInfinity;
+    const float own = unit.own(h);
+    if (scale * own <= kAlike) continue;
+    float crest = -kInfinity, best = -kInfinity;
     for (const Partial& partial : unit.partials) best = std::max(best, partial.top[h]);
     for (const Scan& scan : unit.scans) {
-      own = std::max(own, scan.query.own[h]);
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
         crest = std::max(crest, scan.query.base[h] + scan.level_unit(c, h) * scan.crests[h * scan.num_chunks + c]);
       }
     }
-    if (scale * own <= kAlike) continue;
     best = std::max(best, crest + kBestOfRun * own);
     std::int64_t num_within = 0, num_runs = 0;
     for (const Scan& scan : unit.scans) {

@@ -111,9 +111,7 @@ float put_aside(std::vector<float>& weights) {
 
 // Whether a head that does not look widely may draw all the same.
 bool can_draw(const Unit& unit, int h, float variance, float scale) {
-  float own = 0.0f;
-  for (const Scan& scan : unit.scans) own = std::max(own, scale * scan.query.own[h]);
-  return unit.is_long && variance <= kClearVariance && own * own <= kLargestVariance;
+  return unit.is_long && variance <= kClearVariance && scale * unit.own(h) <= kLargestOwn;
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace retrieval {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kLargestOwn = 2.0f;        // nats; keys that differ more from their run's mean are not told by it
 inline constexpr int kTileKeys = 256;             // keys whose scores are held at once
 inline constexpr int kBlockKeys = 8 * kGroupKeys; // keys per entry of tops
 inline constexpr int kBlockGroups = kBlockKeys / kGroupKeys;
@@ -131,6 +132,12 @@ struct Unit {
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
   float group_certain[kMaxGroup] = {};  // and is drawn for it, for certain where a mean reaches this; infinite: is not
 
+  // Deviation of a key's score from that of its run's mean.
+  float own(int h) const {
+    float largest = 0.0f;
+    for (const Scan& scan : scans) largest = std::max(largest, scan.query.own[h]);
+    return largest;
+  }
   bool draws_any() const {
     return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });
   }
