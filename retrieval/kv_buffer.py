@@ -2,11 +2,14 @@
 
 Owns the memory; knows nothing of segments, sequences or attention. Written by the engine thread alone;
 readers of the first `length` tokens are safe on any thread, since those are never changed. Host memory is mapped
-for each buffer by itself: what is freed goes back to the system at once, whatever lies around it on the heap.
+for each buffer by itself: what is freed goes back to the system at once, whatever lies around it on the heap. Long rows
+lie on huge pages where the system has them: a search reads single keys far apart, and the address of each has to be
+looked up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from retrieval.geometry import Geometry
 
 MIN_MAPPED_BYTES = 64 * 1024  # smaller ones are the heap's
+MIN_HUGE_ROW_BYTES = 8 * 1024**2  # of a head, above which its end may lie on a huge page (2 MB) that is hardly used
 MAX_SLACK = 0.02  # of its bytes, that a sealed buffer may hold beyond them
 
 
@@ -38,6 +42,7 @@ class KvBuffer:
 
     def _allocate(self, capacity: int) -> None:
         g = self.geometry
+        self._mappings: list[tuple[mmap.mmap, int]] = []  # of the tensors; bytes of a head's row
         shape = (g.num_layers, g.num_kv_heads, capacity, g.head_dim)
         self.keys = self._empty(shape, g.kv_dtype)
         self.values = self._empty(shape, g.kv_dtype)
@@ -54,6 +59,11 @@ class KvBuffer:
         if self.device.type != "cpu" or self._pin or num_bytes < MIN_MAPPED_BYTES:
             return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self._pin)
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with the tensor
+        row_bytes = math.prod(shape[2:]) * dtype.itemsize
+        if row_bytes >= MIN_HUGE_ROW_BYTES:
+            with contextlib.suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        self._mappings.append((pages, row_bytes))
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def _tensors(self) -> list[Tensor]:
@@ -121,11 +131,24 @@ class KvBuffer:
     def sealed(self) -> KvBuffer:
         """The valid tokens in host memory, in a buffer that will not grow and holds hardly a byte more: this one, or
         a copy where its pages would hold too much besides."""
+        self._give_back()
         if self.device.type == "cpu" and (self.capacity == self.length or self._slack_bytes <= MAX_SLACK * self.nbytes):
             return self
         exact = KvBuffer(self.geometry, self.length, torch.device("cpu"), pin=self._pin or self.device.type == "cuda")
         exact.copy_range(self, 0, self.length)
         return exact
+
+    def _give_back(self) -> None:
+        """The pages behind every head's last valid token."""
+        page = mmap.PAGESIZE
+        for pages, row_bytes in self._mappings:
+            for row in range(0, len(pages), row_bytes):
+                first = -(-(row + self.length * (row_bytes // self.capacity)) // page) * page
+                behind = (row + row_bytes) // page * page
+                if first < behind:
+                    pages.madvise(mmap.MADV_DONTNEED, first, behind - first)
+        if self._mappings:
+            self._touched = self.length
 
     @property
     def _slack_bytes(self) -> int:

@@ -160,3 +160,26 @@ def test_host_memory_goes_back_when_the_last_reader_lets_go(make_world: Any, mak
     assert rows.sum() == 0
     del rows
     assert resident_bytes() - before < 0.1 * size
+
+
+@pytest.mark.parametrize("least_huge", [0, 1 << 40])
+def test_a_sealed_buffer_gives_back_what_lies_behind_its_rows(
+    make_world: Any, make_geometry: Any, monkeypatch: pytest.MonkeyPatch, least_huge: int
+) -> None:
+    monkeypatch.setattr("retrieval.kv_buffer.MIN_HUGE_ROW_BYTES", least_huge)
+    world = make_world(geometry=make_geometry(head_dim=64))
+    before = resident_bytes()
+    buffer = KvBuffer(world.geometry, 32_000, CPU)
+    buffer.keys.normal_()
+    buffer.values.normal_()
+    buffer.commit(32_000)
+    whole = resident_bytes() - before
+    buffer.length = 7_777
+    keys, values = buffer.keys[:, :, :7_777].clone(), buffer.values[:, :, :7_777].clone()
+    sealed = buffer.sealed()
+    assert sealed is buffer
+    assert resident_bytes() - before < 0.3 * whole + keys.nbytes + values.nbytes
+    assert torch.equal(buffer.keys[:, :, :7_777], keys)
+    assert torch.equal(buffer.values[:, :, :7_777], values)
+    world.extend(buffer, 10)
+    assert buffer.keys[:, :, 8_000:].count_nonzero() == 0, "pages that were given back are empty"

@@ -21,7 +21,7 @@ from retrieval.index.base import attend_positions
 from retrieval.index.flat import rescore
 from retrieval.merge import Partial, merge
 from retrieval.partial_attention import attend_grouped
-from scripts.bench.index_bench.layers import Layer
+from scripts.bench.index_bench.layers import Layer, served
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class Core(Contestant):
 
     def build(self) -> None:
         keys, values, indexed = self.layer.keys, self.layer.values, self.indexed
-        held_keys, held_values = keys[:, indexed].contiguous(), values[:, indexed].contiguous()
+        held_keys, held_values = served(keys[:, indexed], values[:, indexed])
         self.codes = None
         if self.bits:
             # As online: from the first chunk's keys; its queries are too few here, so from those of the whole prompt.

@@ -12,6 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from retrieval.geometry import Geometry
+from retrieval.kv_buffer import KvBuffer
+
 # Meta-Llama-3-8B's attention.
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 TOPIC_KEYS = 64  # keys that share a topic, in two runs
@@ -41,6 +44,15 @@ class Layer:
         return queries.reshape(self.keys.shape[0], -1, queries.shape[-1])
 
 
+def served(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V `[num_kv_heads, num_keys, head_dim]` in such memory as the server keeps them in."""
+    num_kv_heads, num_keys, head_dim = keys.shape
+    kv = KvBuffer(Geometry(1, num_kv_heads, num_kv_heads, head_dim, keys.dtype, (None,)), num_keys, keys.device)
+    kv.write(0, keys, values)
+    kv.commit(num_keys)
+    return kv.keys[0], kv.values[0]
+
+
 def captured_layers(
     path: Path, wanted: list[int] | None, heads: list[int] | None, num_rows: int
 ) -> tuple[dict[str, Any], Iterator[Layer]]:
@@ -60,7 +72,7 @@ def _captured_layer(path: Path, layer_idx: int, heads: list[int] | None, num_row
             rows = file.get_tensor(f"{name}.{layer_idx}").unflatten(0, (keys.shape[0], -1))[chosen].flatten(0, 1)
             queries[name] = rows if name == "train" else spread(rows, num_rows)
     asked = {name: queries[name] for name in ("same", "later")}
-    return Layer(layer_idx, keys[chosen], values[chosen], queries["train"], asked, scale)
+    return Layer(layer_idx, *served(keys[chosen], values[chosen]), queries["train"], asked, scale)
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
@@ -83,7 +95,7 @@ def _synthetic_layer(layer_idx: int, num_heads: int, num_keys: int, num_rows: in
     heads = [_synthetic_head(num_keys, num_rows, gap, generator) for _ in range(num_heads)]
     keys, values = (torch.stack([head[name] for head in heads]) for name in ("keys", "values"))
     train, same, later = (torch.cat([head[name] for head in heads]) for name in ("train", "same", "later"))
-    return Layer(layer_idx, keys, values, train, {"same": same, "later": later}, HEAD_DIM**-0.5)
+    return Layer(layer_idx, *served(keys, values), train, {"same": same, "later": later}, HEAD_DIM**-0.5)
 
 
 def _synthetic_head(num_keys: int, num_rows: int, gap: float, generator: torch.Generator) -> dict[str, Tensor]:
