@@ -12,14 +12,13 @@ namespace {
 constexpr int kRunsPerGroup = kGroupKeys / kRunKeys;
 static_assert(kRunsPerGroup == 2);
 constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
-constexpr std::int64_t kMeansAhead = 3;     // chunks
 constexpr std::int64_t kChunksPerProbe = 4; // one of so many tells whether means do
 constexpr float kAlike = 1.2f;              // nats
 constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
-constexpr float kKeysPerGroup = 6.0f;       // drawn from a drawn group, about
+constexpr float kKeysPerGroup = 14.0f;       // drawn from a drawn group, about
 
 // Codes that will be scanned soon, on their way from memory.
 void fetch(const CodeGroups& groups, int g, int head_dim) {
@@ -113,16 +112,19 @@ class GroupLots {
     for (int n = 0; n < num_ && chunk.means.unit != means_unit_; ++n) {
       const int h = heads_[n];
       lots_[n] = lot_above(unit_.group_certain[h], scan_.query.base[h], scan_.level_unit(c, h), scan_.query.means, h, scale_);
+      draws_[n] = lots_[n].draw;
     }
     means_unit_ = chunk.means.unit;
     const std::int16_t* luck = lucks_of_groups(unit_.start + scan_.first_key(c) / kGroupKeys);
     const auto levels_of = [&](int n) { return scan_.levels + (heads_[n] * scan_.num_chunks + c) * kChunkRuns; };
-    std::uint64_t runs = 0;
-    for (int n = 0; n < num_; ++n) {
-      std::uint64_t mask;
-      kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &lots_[n].draw, &mask);
-      runs |= mask;
+    std::uint64_t masks[kMaxGroup], runs = 0;
+    if (num_ == unit_.queries.num) {
+      kernels().draw(levels_of(0), scan_.num_chunks * kChunkRuns, num_, chunk.means.factors, luck, draws_, masks);
+    } else {
+      for (int n = 0; n < num_; ++n) kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &draws_[n], &masks[n]);
     }
+    for (int n = 0; n < num_; ++n) runs |= masks[n];
+    if (runs == 0) return 0;
     std::uint32_t drawn = 0;
     for_each_bit(runs & chunk.full_runs, [&](int r) {
       const int g = r / kRunsPerGroup;
@@ -147,6 +149,7 @@ class GroupLots {
   int num_ = 0, heads_[kMaxGroup];
   float means_unit_ = -1.0f;  // of the chunk drawn from last
   Lot lots_[kMaxGroup];
+  Draw draws_[kMaxGroup];  // theirs, side by side
 };
 
 // Groups of chunk c that hold any of the runs.
@@ -202,7 +205,6 @@ void score_means(Unit& unit, const Task& task) {
   const int head_dim = unit.queries.head_dim;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeGroups& means = scan.chunk(c).means;
-    if (c + kMeansAhead < scan.num_chunks) fetch(scan.chunk(c + kMeansAhead).means, 0, head_dim);
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     const CodeReading& reading = scan.query.means;
     kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, head_dim, reading.shift,

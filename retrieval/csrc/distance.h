@@ -74,6 +74,9 @@ struct Kernels {
   // Largest of n >= 1 values.
   float (*maximum)(const float* values, int n);
 
+  // How many of n values are below the limit, and their sum.
+  int (*below)(const float* values, int n, float limit, float* sum);
+
   // values[i] = exp(scale * (values[i] - top)), or 0 where values[i] < floor; returns the sum.
   float (*exponentiate)(float* values, int n, float scale, float top, float floor);
 

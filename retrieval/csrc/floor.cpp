@@ -17,31 +17,36 @@ Queries one_query(const Unit& unit, int h) {
           unit.queries.head_dim};
 }
 
-// The best bound of each block, as a score; of blocks that are not scanned, minus infinity.
-void read_tops(const Unit& unit, int h, std::vector<float>& tops) {
-  tops.clear();
-  for (const Scan& scan : unit.scans) {
-    const std::size_t first = tops.size();
-    tops.resize(first + static_cast<std::size_t>(scan.tops_stride()));
+// The best bound of a block that was scanned, as a score.
+struct Top {
+  float bound;
+  std::uint32_t scan;
+  std::int32_t block;
+};
+
+std::vector<Top> read_tops(const Unit& unit, int h) {
+  std::vector<Top> tops;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    const Scan& scan = unit.scans[s];
     for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-      if (scan.chosen[c] == 0) {
-        std::fill_n(tops.data() + first + c * kBlocksPerChunk, kBlocksPerChunk, -kInfinity);
-        continue;
-      }
+      if (scan.chosen[c] == 0) continue;
       const float factor = scan.bound_unit(c, h);
-      const std::int16_t* found = scan.tops + h * scan.tops_stride() + c * kBlocksPerChunk;
-      float* out = tops.data() + first + c * kBlocksPerChunk;
+      const std::int64_t first = c * kBlocksPerChunk;
       for (int b = 0; b < kBlocksPerChunk; ++b) {
-        const bool is_scanned = (scan.chosen[c] >> (b * kBlockGroups) & ((1u << kBlockGroups) - 1)) != 0;
-        out[b] = is_scanned ? scan.query.base[h] + factor * static_cast<float>(found[b]) : -kInfinity;
+        if ((scan.chosen[c] >> (b * kBlockGroups) & ((1u << kBlockGroups) - 1)) == 0) continue;
+        const std::int16_t found = scan.tops[h * scan.tops_stride() + first + b];
+        tops.push_back({scan.query.base[h] + factor * static_cast<float>(found), static_cast<std::uint32_t>(s),
+                        static_cast<std::int32_t>(first + b)});
       }
     }
   }
+  return tops;
 }
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
-float probe_bound(const Unit& unit, int h, std::vector<float> tops, std::size_t wanted) {
-  tops.erase(std::remove(tops.begin(), tops.end(), -kInfinity), tops.end());
+float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::size_t wanted) {
+  std::vector<float> tops;
+  for (const Top& top : blocks) tops.push_back(top.bound);
   if (tops.size() > wanted) {
     const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
     std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
@@ -56,7 +61,7 @@ float probe_bound(const Unit& unit, int h, std::vector<float> tops, std::size_t 
     for (const Scan& scan : unit.scans) {
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
         const int threshold = scan.threshold(c, h, bound);
-        if (threshold > 32767) continue;
+        if (scan.chosen[c] == 0 || threshold > 32767) continue;
         std::uint64_t masks[kChunkGroups];
         kernels().select(scan.bounds + h * scan.stride() + c * kChunkKeys, kChunkGroups,
                          static_cast<std::int16_t>(threshold), masks);
@@ -82,8 +87,7 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
   };
   std::vector<Probe> probes;
   probes.reserve(16 * wanted);
-  std::vector<float> tops;
-  read_tops(unit, h, tops);
+  const std::vector<Top> tops = read_tops(unit, h);
   rest = probe_bound(unit, h, tops, wanted);
   // Keeps the best, and what is looked for from then on are better ones.
   const auto cut = [&](std::size_t kept) {
@@ -93,28 +97,25 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
     rest = probes[kept].bound;
     probes.resize(kept);
   };
-  const float* top = tops.data();
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    const Scan& scan = unit.scans[s];
-    for (std::int64_t b = 0; b < scan.tops_stride(); ++b) {
-      if (*top++ < rest) continue;
-      const std::int64_t c = b / kBlocksPerChunk;
-      const int threshold = scan.threshold(c, h, rest);
-      if (threshold > 32767) continue;
-      const std::int16_t* bounds = scan.bounds + h * scan.stride() + b * kBlockKeys;
-      const float factor = scan.bound_unit(c, h);
-      std::uint64_t masks[kBlockGroups];
-      kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
-      for (int g = 0; g < kBlockGroups; ++g) {
-        const std::int64_t start = scan.first_key(0) + b * kBlockKeys + g * kGroupKeys;
-        const auto group = static_cast<int>(b % kBlocksPerChunk * kBlockGroups) + g;
-        for_each_bit(masks[g] & scan.visible(c, group), [&](int i) {
-          probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]),
-                            static_cast<std::uint32_t>(s), static_cast<std::int32_t>(start + i)});
-        });
-      }
-      if (probes.size() > 8 * wanted) cut(2 * wanted);
+  for (const Top& top : tops) {
+    if (top.bound < rest) continue;
+    const Scan& scan = unit.scans[top.scan];
+    const std::int64_t c = top.block / kBlocksPerChunk;
+    const int threshold = scan.threshold(c, h, rest);
+    if (threshold > 32767) continue;
+    const std::int16_t* bounds = scan.bounds + h * scan.stride() + std::int64_t{top.block} * kBlockKeys;
+    const float factor = scan.bound_unit(c, h);
+    std::uint64_t masks[kBlockGroups];
+    kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
+    for (int g = 0; g < kBlockGroups; ++g) {
+      const std::int64_t start = scan.first_key(0) + std::int64_t{top.block} * kBlockKeys + g * kGroupKeys;
+      const auto group = static_cast<int>(top.block % kBlocksPerChunk * kBlockGroups) + g;
+      for_each_bit(masks[g] & scan.visible(c, group), [&](int i) {
+        probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]), top.scan,
+                          static_cast<std::int32_t>(start + i)});
+      });
     }
+    if (probes.size() > 8 * wanted) cut(2 * wanted);
   }
   cut(2 * wanted);
   const std::size_t kept = probes.size();

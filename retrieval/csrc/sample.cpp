@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -16,19 +15,6 @@ constexpr float kClearVariance = 0.25f;    // nats squared of estimates; weights
 constexpr float kLargestVariance = 4.0f;   // nats squared
 constexpr float kHeavy = 0.02f;            // share of all weight
 
-// Four floats at a time, for compilers that do not see where that is possible.
-constexpr std::size_t kLanes = 4;  // divides kGroupKeys
-typedef float Lanes __attribute__((vector_size(16)));
-typedef std::int32_t LaneMask __attribute__((vector_size(16)));
-
-Lanes lanes_at(const float* values) {
-  Lanes lanes;
-  std::memcpy(&lanes, values, sizeof(lanes));
-  return lanes;
-}
-
-float sum_of(Lanes lanes) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
-
 // Weights of one head, relative to its best key.
 struct Sample {
   std::vector<float> weights;      // [groups * kGroupKeys], by estimate; 0 where a key is not searched or not counted
@@ -36,16 +22,10 @@ struct Sample {
 
   // Of all keys: those of at least that weight, and what the others weigh together.
   std::pair<float, float> divide(float weight) const {
-    Lanes sums = {};
-    LaneMask num_below = {};
-    for (std::size_t i = 0; i < weights.size(); i += kLanes) {
-      const Lanes each = lanes_at(&weights[i]);
-      const LaneMask is_below = each < weight;  // -1 where it is
-      sums += (Lanes)((LaneMask)each & is_below);
-      num_below -= is_below;
-    }
-    const int count = static_cast<int>(weights.size()) - (num_below[0] + num_below[1] + num_below[2] + num_below[3]);
-    return {per_key * static_cast<float>(count), per_key * sum_of(sums)};
+    const auto num = static_cast<int>(weights.size());
+    float sum;
+    const int num_below = kernels().below(weights.data(), num, weight, &sum);
+    return {per_key * static_cast<float>(num - num_below), per_key * sum};
   }
 };
 
@@ -95,9 +75,8 @@ float put_aside(std::vector<float>& weights) {
   float total = 0.0f, largest = 0.0f;
   auto outlier = weights.begin();
   for (auto group = weights.begin(); group != weights.end(); group += kGroupKeys) {
-    Lanes lanes = {};
-    for (std::size_t i = 0; i < kGroupKeys; i += kLanes) lanes += lanes_at(&group[i]);
-    const float sum = sum_of(lanes);
+    float sum;
+    kernels().below(&*group, kGroupKeys, kInfinity, &sum);
     total += sum;
     if (sum > largest) {
       largest = sum;
