@@ -20,6 +20,7 @@ from retrieval.index import build
 from retrieval.index.base import attend_positions
 from retrieval.index.flat import rescore
 from retrieval.merge import Partial, merge
+from retrieval.native import Lent
 from retrieval.partial_attention import attend_grouped
 from scripts.bench.index_bench.layers import Layer, served
 
@@ -235,9 +236,8 @@ class Core(Contestant):
     def attend(self, queries: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor, Any]:
         num_q_heads, head_dim = queries.shape
         out, lse = torch.empty(1, num_q_heads, head_dim), torch.empty(1, num_q_heads)
-        stats = self.core.attend_layer(
-            queries[None].contiguous(), [parts], self.layer.scale, out, lse, budget=self.budget
-        )
+        rows = queries[None].contiguous()
+        stats = self.core.attend_layer(Lent(rows), [parts], self.layer.scale, Lent(out), Lent(lse), self.budget)
         return out[0], lse[0], stats
 
     def retrieve(self, queries: Tensor) -> Partial:
