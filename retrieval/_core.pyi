@@ -73,6 +73,10 @@ class LayerCodes:
 
     @property
     def nbytes(self) -> int: ...
+    @staticmethod
+    def most_bytes(num_kv_heads: int, head_dim: int, bits: int, num_keys: int, is_stretched: bool = False) -> int:
+        """What `nbytes` is at most with that many keys."""
+
     def save(self) -> bytes: ...
     @staticmethod
     def load(data: bytes) -> LayerCodes: ...

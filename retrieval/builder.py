@@ -15,6 +15,7 @@ from typing import Any
 
 from retrieval import index as indexes
 from retrieval.context import Context
+from retrieval.geometry import Geometry
 from retrieval.kv_buffer import KvBuffer
 from retrieval.methods.retrieval import QuerySample
 from retrieval.segment_index import CodesIndex, CodesMaker, HeadIndexes, OnlineCodes, SegmentIndex
@@ -53,6 +54,14 @@ class IndexBuilder:
     def kind(self) -> str:
         """The kind of index built."""
         return self._kind
+
+    def most_bytes(self, geometry: Geometry, num_tokens: int, was_decoded: bool = False) -> int:
+        """What the index of a segment of that many tokens takes at most; was_decoded: none of them is the prompt's."""
+        if self._codes is not None:
+            return self._codes.most_bytes(geometry, num_tokens, was_decoded)
+        make = indexes.kind_class(self._kind)
+        head_bytes = make.most_bytes(num_tokens, geometry.head_dim, geometry.dtype.itemsize, **self._options)
+        return geometry.num_layers * geometry.num_kv_heads * int(head_bytes)
 
     def watch(self, context: Context) -> None:
         """Build while the prompt is read, where the kind can: the index is then ready when the prompt ends."""

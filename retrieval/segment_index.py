@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retrieval.balance import balance
+from retrieval.geometry import Geometry
 from retrieval.index import KeyIndex
 from retrieval.kv_buffer import KvBuffer
 
@@ -87,6 +88,11 @@ class CodesMaker:
         for begin in range(codes.num_keys, end, ENCODE_TOKENS):
             stop = min(begin + ENCODE_TOKENS, end)
             codes.append(kv.read_keys(layer_idx, begin, stop))
+
+    def most_bytes(self, geometry: Geometry, num_tokens: int, was_decoded: bool) -> int:
+        """What the codes of all layers take at most; those of decoded tokens have no stretches of their own."""
+        shape = geometry.num_kv_heads, geometry.head_dim, self.bits, num_tokens
+        return geometry.num_layers * int(self.core.LayerCodes.most_bytes(*shape, is_stretched=not was_decoded))
 
     def index(self, begin: int, layers: list[Any], kv: KvBuffer) -> CodesIndex:
         """The index of a segment whose layers are encoded."""

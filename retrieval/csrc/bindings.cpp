@@ -407,6 +407,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("seed", &LayerCodes::seed)
       .def_prop_ro("num_keys", &LayerCodes::num_keys)
       .def_prop_ro("nbytes", &LayerCodes::nbytes)
+      .def_static("most_bytes", &LayerCodes::most_bytes, "num_kv_heads"_a, "head_dim"_a, "bits"_a, "num_keys"_a,
+                  "is_stretched"_a = false)
       .def("save", [](const LayerCodes& codes) {
         const std::string bytes = codes.save();
         return nb::bytes(bytes.data(), bytes.size());

@@ -115,6 +115,23 @@ std::int64_t LayerCodes::nbytes() const {
   return total;
 }
 
+std::int64_t LayerCodes::most_bytes(int num_kv_heads, int head_dim, int bits, std::int64_t num_keys, bool is_stretched) {
+  const LayerCodes empty(num_kv_heads, head_dim, bits, 0);  // refuses what cannot be
+  const auto heads = static_cast<double>(num_kv_heads), dims = static_cast<double>(head_dim);
+  const auto page = static_cast<double>(sysconf(_SC_PAGESIZE));
+  const auto bytes_of = [&](int num_groups, int each) {
+    CodeGroups groups;
+    groups.num_groups = num_groups;
+    groups.bits = each;
+    return heads * static_cast<double>(groups.nbytes(head_dim));
+  };
+  const double keys = bytes_of(kChunkGroups, bits) + page, means = bytes_of(1, kMeanBits) + page / kMeansTogether;
+  const double chunk = keys + means + heads * sizeof(CodeChunk);
+  const double fixed = heads * sizeof(float) * (dims * (1.0 + kRunKeys) + (is_stretched ? 3.0 : 1.0) * dims * dims);
+  // The last chunk may hold one key, and so may the last pages of means.
+  return static_cast<std::int64_t>(fixed + kMeansTogether * means + (static_cast<double>(num_keys) / kChunkKeys + 1.0) * chunk);
+}
+
 bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& centroid, std::int64_t first,
                         std::int64_t count, Encoded& out) const {
   constexpr int kTogether = 4;

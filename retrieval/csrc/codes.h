@@ -98,6 +98,8 @@ class LayerCodes {
   std::uint64_t seed() const { return seed_; }
   std::int64_t num_keys() const;
   std::int64_t nbytes() const;
+  // What nbytes is at most with that many keys.
+  static std::int64_t most_bytes(int num_kv_heads, int head_dim, int bits, std::int64_t num_keys, bool is_stretched);
 
   // Append num_new keys per head: head h's begin at keys[h]. Throws std::invalid_argument, and adds nothing, if a
   // key is not finite. Searches may run meanwhile; they see all of the new keys or none.

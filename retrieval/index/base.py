@@ -117,6 +117,11 @@ class KeyIndex(ABC):
     def nbytes(self) -> int:
         """Bytes held by the index itself, the keys not counted."""
 
+    @classmethod
+    @abstractmethod
+    def most_bytes(cls, num_keys: int, head_dim: int, element_size: int, **options: Any) -> int:
+        """What `nbytes` is at most with so many keys of `element_size` bytes a coordinate, built with these options."""
+
     @abstractmethod
     def save(self, path: Path) -> None:
         """Write the index to one file. Durability (fsync, rename) is the caller's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class FlatIndex(KeyIndex):
     @property
     def nbytes(self) -> int:
         """Nothing besides the keys."""
+        return 0
+
+    @classmethod
+    def most_bytes(cls, num_keys: int, head_dim: int, element_size: int, **options: Any) -> int:
+        """See `KeyIndex.most_bytes`."""
         return 0
 
     def save(self, path: Path) -> None:

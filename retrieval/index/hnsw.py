@@ -15,6 +15,11 @@ from torch import Tensor
 from retrieval.index.flat import empty_result
 from retrieval.index.library import Floats, LibraryIndex, as_floats, drop_beyond, overfetch
 
+M = 16
+HEADER_BYTES = 4096  # of a small graph's file, and chance
+ID_BYTES = 8  # of a key's label
+LINK_BYTES = 4  # of an edge, and of the number of them
+
 
 @dataclass(frozen=True, slots=True)
 class CentredGraph:
@@ -35,7 +40,7 @@ class HnswIndex(LibraryIndex):
     kind = "hnsw"
 
     def __init__(
-        self, keys: Tensor, queries: Tensor, m: int = 16, ef_construction: int = 100, ef_search: int = 256
+        self, keys: Tensor, queries: Tensor, m: int = M, ef_construction: int = 100, ef_search: int = 256
     ) -> None:
         """m: edges per key and layer (twice that at the bottom); ef_*: keys kept in view while building, searching."""
         super().__init__(keys, queries, m=m, ef_construction=ef_construction, ef_search=ef_search)
@@ -75,6 +80,13 @@ class HnswIndex(LibraryIndex):
     def nbytes(self) -> int:
         """The float32 copy of the keys, and the edges."""
         return 0 if self._structure is None else int(self._structure.graph.index_file_size())
+
+    @classmethod
+    def most_bytes(cls, num_keys: int, head_dim: int, element_size: int, m: int = M, **options: Any) -> int:
+        """See `KeyIndex.most_bytes`. One key in m is on the next layer up, about; twice as many are allowed for."""
+        bottom_bytes = 4 * head_dim + ID_BYTES + LINK_BYTES * (2 * m + 1)
+        upper_bytes = LINK_BYTES + 2 * LINK_BYTES * (m + 1) // max(1, m - 1)
+        return num_keys * (bottom_bytes + upper_bytes) + HEADER_BYTES
 
     def _dump(self, structure: CentredGraph) -> bytes:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ from retrieval.index.faiss_index import FaissIndex
 from retrieval.index.library import Floats, as_floats
 
 NUM_ITERATIONS = 10
+LISTS_PER_ROOT = 2
 ID_BYTES = 8
 HALF_TYPES = {torch.float16: faiss.ScalarQuantizer.QT_fp16, torch.bfloat16: faiss.ScalarQuantizer.QT_bf16}
 
@@ -33,7 +34,7 @@ class IvfIndex(FaissIndex):
         super().__init__(keys, queries, num_lists=num_lists, num_probes=num_probes)
 
     def _create(self, vectors: Floats) -> Any:
-        num_lists = self._options["num_lists"] or int(2 * len(vectors) ** 0.5)
+        num_lists = self._options["num_lists"] or int(LISTS_PER_ROOT * len(vectors) ** 0.5)
         head_dim = vectors.shape[1]
         means = faiss.Kmeans(head_dim, num_lists, niter=NUM_ITERATIONS, seed=1, min_points_per_centroid=1)
         means.train(vectors)
@@ -76,6 +77,14 @@ class IvfIndex(FaissIndex):
             self.num_keys * (self._keys.element_size() * self.head_dim + ID_BYTES)
             + int(self._structure.nlist) * 4 * self.head_dim
         )
+
+    @classmethod
+    def most_bytes(
+        cls, num_keys: int, head_dim: int, element_size: int, num_lists: int | None = None, **options: Any
+    ) -> int:
+        """See `KeyIndex.most_bytes`."""
+        num_lists = num_lists or int(LISTS_PER_ROOT * num_keys**0.5)
+        return num_keys * (element_size * head_dim + ID_BYTES) + num_lists * 4 * head_dim
 
 
 def empty_lists(quantizer: Any, num_lists: int, dtype: torch.dtype) -> Any:

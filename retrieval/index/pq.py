@@ -55,7 +55,10 @@ class PqIndex(FaissIndex):
     @property
     def nbytes(self) -> int:
         """The codes and the codebooks."""
-        if self._structure is None:
-            return 0
-        codebook_bytes = (1 << BITS) * self.head_dim * 4
-        return self.num_keys * self.head_dim // DIMS_PER_CODE * BITS // 8 + codebook_bytes
+        return 0 if self._structure is None else self.most_bytes(self.num_keys, self.head_dim, 0)
+
+    @classmethod
+    def most_bytes(cls, num_keys: int, head_dim: int, element_size: int, **options: Any) -> int:
+        """See `KeyIndex.most_bytes`."""
+        codebook_bytes = (1 << BITS) * head_dim * 4
+        return num_keys * head_dim // DIMS_PER_CODE * BITS // 8 + codebook_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from retrieval.index.base import AttendStats, IndexInputError, KeyIndex, append_
 from retrieval.index.flat import empty_result
 from retrieval.index.index_file import read_index_file, write_index_file
 
+BITS = 2
+
 
 class RabitqIndex(KeyIndex):
     """Bit-plane codes: nothing is learned from queries, so no query is out of its distribution."""
@@ -27,7 +29,7 @@ class RabitqIndex(KeyIndex):
     kind = "rabitq"
 
     def __init__(
-        self, keys: Tensor, queries: Tensor, bits: int = 2, deviations: float = 3.5, beta: float = 0.0, seed: int = 0
+        self, keys: Tensor, queries: Tensor, bits: int = BITS, deviations: float = 3.5, beta: float = 0.0, seed: int = 0
     ) -> None:
         """bits: planes per dimension, 1 to 4. deviations: how far above its estimate a key may score and still be
         found, in standard deviations. beta: 0, or `attend` leaves out keys more than `beta` nats below the best even
@@ -91,6 +93,11 @@ class RabitqIndex(KeyIndex):
     def nbytes(self) -> int:
         """Planes and factors, in whole chunks of 2048 keys."""
         return self._codes.nbytes
+
+    @classmethod
+    def most_bytes(cls, num_keys: int, head_dim: int, element_size: int, bits: int = BITS, **options: Any) -> int:
+        """See `KeyIndex.most_bytes`."""
+        return _core.LayerCodes.most_bytes(1, head_dim, bits, num_keys)
 
     def save(self, path: Path) -> None:
         """See `KeyIndex.save`."""

@@ -20,6 +20,9 @@ from retrieval.index.flat import empty_result
 from retrieval.index.library import Floats, LibraryIndex
 
 GRAPH_OPTIONS = ("degree", "num_linked", "num_pivots", "extra_degree", "link_width", "num_voters", "start_share")
+LIST_SIZE = 512
+MAX_QUERIES = 8192
+DEGREE = 16  # nearest neighbours of a key, and as many further edges
 WIDTHS = (100, 125, 150, 175, 200, 250, 300, 350, 400, 500, 600)
 NUM_CHECKS = 64  # sampled queries kept out of the graph to find that width
 CHECKED = 100  # best keys that those must find
@@ -42,14 +45,14 @@ class RoarIndex(LibraryIndex):
         self,
         keys: Tensor,
         queries: Tensor,
-        list_size: int = 512,
-        max_queries: int = 8192,
+        list_size: int = LIST_SIZE,
+        max_queries: int = MAX_QUERIES,
         ef_search: int | None = None,
         max_share: float = 0.03,
-        degree: int = 16,
+        degree: int = DEGREE,
         num_linked: int = 100,
         num_pivots: int = 16,
-        extra_degree: int = 16,
+        extra_degree: int = DEGREE,
         link_width: int = 32,
         num_voters: int = 64,
         start_share: int = 64,
@@ -136,6 +139,24 @@ class RoarIndex(LibraryIndex):
     def nbytes(self) -> int:
         """Edges, sampled queries and their lists."""
         return 0 if self._structure is None else int(self._structure.nbytes)
+
+    @classmethod
+    def most_bytes(
+        cls,
+        num_keys: int,
+        head_dim: int,
+        element_size: int,
+        list_size: int = LIST_SIZE,
+        max_queries: int = MAX_QUERIES,
+        degree: int = DEGREE,
+        extra_degree: int = DEGREE,
+        **options: Any,
+    ) -> int:
+        """See `KeyIndex.most_bytes`."""
+        num_listed = min(LISTED_PER_KEY * num_keys, max_queries * max(list_size, CHECKED)) + max(list_size, CHECKED)
+        num_queries = min(max_queries, num_listed // CHECKED)
+        metric = (1 + 2 * head_dim) * head_dim
+        return 4 * (num_keys * (degree + extra_degree + 1) + num_listed + num_queries * (head_dim + 2) + metric)
 
     def _dump(self, structure: Any) -> bytes:
         parts = structure.save()

@@ -136,9 +136,10 @@ class Worker:
 
     def worst_case_bytes(self, request: Request, num_shared: int) -> int:
         """The first choice's whole context, and the generated part of the others."""
-        first = len(request.prompt_token_ids) - num_shared + request.max_new_tokens
-        others = (request.sampling.n - 1) * (request.max_new_tokens + self.manager.max_copied_tokens)
-        return self.manager.worst_case_bytes(first) + self.manager.worst_case_bytes(others)
+        num_new = request.max_new_tokens
+        first = self.manager.worst_case_bytes(len(request.prompt_token_ids) - num_shared + num_new, num_new)
+        num_own = self.manager.max_copied_tokens + num_new
+        return first + (request.sampling.n - 1) * self.manager.worst_case_bytes(num_own, num_own)
 
     def _prepare_sampling(self, sequence: Sequence) -> None:
         request = sequence.request

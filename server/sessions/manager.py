@@ -32,7 +32,6 @@ from server.sessions.policy import prefill_seconds, read_seconds
 logger = logging.getLogger(__name__)
 
 MIN_KEPT_TOKENS = 16  # an ended context shorter than this is not worth a segment
-INDEX_SHARE = 0.3  # of K and V bytes: worst case reserved for an index
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +99,20 @@ class SessionManager:
         """Tokens that a fork may have to copy: the longest tail there is before it is sealed."""
         return self._static.window_size + self._static.seal_tokens
 
-    def worst_case_bytes(self, num_tokens: int) -> int:
-        """K, V and index of a context of `num_tokens` that shares nothing."""
-        share = INDEX_SHARE if self._builder is not None and num_tokens > self._static.seal_tokens else 0.0
-        return int(num_tokens * self._geometry.kv_bytes_per_token * (1.0 + share))
+    def worst_case_bytes(self, num_tokens: int, num_decoded: int = 0) -> int:
+        """K, V and indexes of `num_tokens` that share nothing, the last `num_decoded` of them not from the prompt.
+
+        The prompt is sealed at once, unless it is too short, and what is decoded behind it piece by piece.
+        """
+        if self._builder is None:
+            return self.kv_bytes(num_tokens)
+        each, num_prompt = self._static.seal_tokens, num_tokens - num_decoded
+        if num_prompt < each:
+            num_prompt, num_decoded = 0, num_tokens
+        index_bytes = num_decoded // each * self._builder.most_bytes(self._geometry, each, was_decoded=True)
+        if num_prompt:
+            index_bytes += self._builder.most_bytes(self._geometry, num_prompt)
+        return self.kv_bytes(num_tokens) + index_bytes
 
     def kv_bytes(self, num_tokens: int) -> int:
         """K and V of that many tokens."""

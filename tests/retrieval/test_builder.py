@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from retrieval import index as indexes
+from retrieval import native
 from retrieval.builder import IndexBuilder
 from retrieval.index import IndexInputError, KeyIndex
 from retrieval.methods.retrieval import QuerySample
+from retrieval.segment_index import CodesMaker
 
 WAIT_SECONDS = 30.0  # only ever waited for in full when a test fails
 real_build = indexes.build
@@ -73,6 +75,21 @@ def test_every_layer_and_head_is_indexed_behind_the_sink(world: Any, builder: In
             assert keys.data_ptr() == first.kv.keys[layer_idx, kv_head, 4].data_ptr(), "keys are not copied"
     assert (first.index_state, second.index_state) == ("ready", "ready")
     assert [(kind, num_keys) for kind, _, num_keys in built] == [("flat", 30), ("flat", 20)]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "codes"])
+def test_an_index_takes_no_more_bytes_than_foretold(world: Any, kind: str) -> None:
+    core = native.core() if kind == "codes" else None
+    if kind == "codes" and core is None:
+        pytest.skip("needs the C++ core")
+    segment = world.context([3000]).path[0].segment
+    codes, options = (CodesMaker(core, core.Budget()), {}) if core is not None else (None, {"num_lists": 20})
+    builder = IndexBuilder(kind, options, num_sink_tokens=4, on_built=lambda *_: None, codes=codes)
+    builder.submit(segment, None)
+    builder.wait()
+    builder.close()
+    most = builder.most_bytes(world.geometry, 3000, was_decoded=True)
+    assert 0.4 * most <= segment.index.nbytes <= most <= builder.most_bytes(world.geometry, 3000)
 
 
 def test_a_segment_shorter_than_the_sink_gets_an_index_of_nothing(world: Any, builder: IndexBuilder) -> None:

@@ -338,6 +338,25 @@ def test_index_bytes_stay_below_thirty_percent() -> None:
     assert code(keys).nbytes <= 0.3 * 2 * keys.numel() * keys.element_size()
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "bits", "num_keys"),
+    [(3, 24, 1, 1), (1, 64, 2, 2049), (8, 128, 4, 5000), (2, 64, 3, 70_000)],
+)
+@pytest.mark.parametrize("is_stretched", [False, True])
+def test_codes_take_no_more_bytes_than_foretold(
+    num_heads: int, head_dim: int, bits: int, num_keys: int, is_stretched: bool
+) -> None:
+    same = torch.eye(head_dim).expand(num_heads, head_dim, head_dim).contiguous()
+    codes = _core.LayerCodes(num_heads, head_dim, bits, 0, *((same, same) if is_stretched else ()))
+    codes.append(torch.randn(num_heads, num_keys, head_dim))
+    most = _core.LayerCodes.most_bytes(num_heads, head_dim, bits, num_keys, is_stretched)
+    assert codes.nbytes <= most
+    if num_keys == 70_000:
+        assert most <= 1.15 * codes.nbytes
+    with pytest.raises(ValueError, match="head_dim"):
+        _core.LayerCodes.most_bytes(num_heads, 7, bits, num_keys)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_refused_and_harms_nothing(bad: float) -> None:
     queries, keys, values = gapped(3000)

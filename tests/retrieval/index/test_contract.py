@@ -397,3 +397,31 @@ def test_nbytes_counts_the_index_and_grows_with_it(kind: str) -> None:
     index.insert(keys[2000:])
     assert index.nbytes > before if kind != "flat" else index.nbytes == before == 0
     assert index.count_bytes_read(2, 10, NUM_KEYS) > 0
+
+
+@pytest.mark.parametrize("num_keys", [0, 1, 1500, 8000])
+def test_an_index_takes_no_more_bytes_than_foretold(kind: str, num_keys: int) -> None:
+    keys = make_keys(num_keys, torch.bfloat16)
+    index = build(kind, keys, any_queries(2048, torch.bfloat16))
+    most = kind_class(kind).most_bytes(num_keys, HEAD_DIM, keys.element_size())
+    assert index.nbytes <= most
+    if num_keys == 8000:
+        assert index.nbytes >= 0.6 * most, "nor is much more foretold"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("hnsw", {"m": 4}),
+        ("hnsw", {"m": 48}),
+        ("ivf", {"num_lists": 500}),
+        ("roar", {"degree": 24, "extra_degree": 4, "list_size": 150, "max_queries": 100}),
+        ("rabitq", {"bits": 4}),
+    ],
+)
+def test_options_are_foretold_too(kind: str, options: dict[str, int]) -> None:
+    pytest.importorskip(KINDS[kind].partition(":")[0], reason="needs the C++ core")
+    keys = make_keys(6000)
+    index = build(kind, keys, any_queries(512), **options)
+    most = kind_class(kind).most_bytes(6000, HEAD_DIM, 4, **options)
+    assert 0.5 * most <= index.nbytes <= most

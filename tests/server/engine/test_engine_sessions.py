@@ -256,7 +256,7 @@ async def test_what_memory_has_no_room_for_is_not_restored(tmp_path: Path, make_
     await first.sessions.save(DOC)
     token_bytes = first._manager.kv_bytes(1)
     await first.stop(0)
-    second = make_engine(kv_disk_path=str(tmp_path), kv_host_memory=500 * token_bytes)
+    second = make_engine(kv_disk_path=str(tmp_path), kv_host_memory=450 * token_bytes)
     await prefill(second, prompt(200, seed=1), SessionKey("", "", "pinned"))
     await second.between_steps(second._manager.wait_for_indexes)
     await second.sessions.pin(SessionKey("", "", "pinned"), None)

@@ -21,7 +21,6 @@ from server.sessions.manager import MIN_KEPT_TOKENS, SessionManager
 GEOMETRY = Geometry(2, 2, 1, 8, torch.float32, (None, None))
 STATIC = StaticSet(num_sink_tokens=4, window_size=8, seal_tokens=32)
 TOKEN_BYTES = GEOMETRY.kv_bytes_per_token
-SHARE = 1.3  # K, V and the worst case of an index
 
 
 class Recorder(NullRecorder):
@@ -203,11 +202,20 @@ def test_what_the_process_takes_besides_evicts_but_refuses_nobody(make_server: A
     assert server.manager.held_bytes() == 0
 
 
-def test_worst_case_counts_an_index_where_there_may_be_one(make_server: Any) -> None:
+def test_worst_case_counts_an_index_where_there_may_be_one(make_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(IndexBuilder, "most_bytes", lambda self, geometry, num_tokens, **_: 1_000_000 + num_tokens)
     plain, indexed = make_server().manager, make_server(has_index=True).manager
+    each = STATIC.seal_tokens
     assert plain.worst_case_bytes(1000) == 1000 * TOKEN_BYTES
-    assert indexed.worst_case_bytes(1000) == int(1000 * TOKEN_BYTES * SHARE)
-    assert indexed.worst_case_bytes(STATIC.seal_tokens) == STATIC.seal_tokens * TOKEN_BYTES
+
+    def index_bytes(num_prompt: int, num_decoded: int) -> int:
+        num_tokens = num_prompt + num_decoded
+        return int(indexed.worst_case_bytes(num_tokens, num_decoded) - num_tokens * TOKEN_BYTES)
+
+    assert index_bytes(1000, 0) == 1_000_000 + 1000
+    assert index_bytes(1000, 3 * each) == 4_000_000 + 1000 + 3 * each, "what is decoded is sealed piece by piece"
+    assert index_bytes(each - 1, 0) == 0, "too short for an index"
+    assert index_bytes(each - 1, 1) == 1_000_000 + each, "with what is decoded it is not"
 
 
 def test_reserve_evicts_idle_segments_to_make_room(make_server: Any) -> None:
