@@ -60,8 +60,10 @@ class IndexBuilder:
         if self._codes is not None:
             return self._codes.most_bytes(geometry, num_tokens, was_decoded)
         make = indexes.kind_class(self._kind)
-        head_bytes = make.most_bytes(num_tokens, geometry.head_dim, geometry.dtype.itemsize, **self._options)
-        return geometry.num_layers * geometry.num_kv_heads * int(head_bytes)
+        head_bytes = int(make.most_bytes(num_tokens, geometry.head_dim, geometry.dtype.itemsize, **self._options))
+        if geometry.is_quantized:
+            head_bytes += num_tokens * geometry.head_dim * geometry.dtype.itemsize
+        return geometry.num_layers * geometry.num_kv_heads * head_bytes
 
     def watch(self, context: Context) -> None:
         """Build while the prompt is read, where the kind can: the index is then ready when the prompt ends."""
@@ -146,7 +148,8 @@ class IndexBuilder:
                         return None
                     queries = sample.queries(layer_idx, kv_head, geometry.head_dim)
                     heads.append(indexes.build(self._kind, layer_keys[kv_head], queries, **self._options))
-            return HeadIndexes(begin, [heads[i : i + num_heads] for i in range(0, len(heads), num_heads)])
+            layers = [heads[i : i + num_heads] for i in range(0, len(heads), num_heads)]
+            return HeadIndexes(begin, layers, has_own_keys=geometry.is_quantized)
 
     def _begin(self, segment: Segment) -> int:
         return max(0, self._num_sink_tokens - segment.start)

@@ -90,7 +90,7 @@ class IndexFiles:
                     one = Path(scratch) / "index"
                     one.write_bytes(_read(file, f"{layer_idx}.{kv_head}"))
                     layers[-1].append(kind.load(one, keys[kv_head]))
-        return HeadIndexes(begin, layers)
+        return HeadIndexes(begin, layers, has_own_keys=geometry.is_quantized)
 
 
 def _codes_format(core: Any) -> str:

@@ -41,11 +41,15 @@ class HeadIndexes(SegmentIndex):
 
     begin: int
     layers: list[list[KeyIndex]]
+    has_own_keys: bool = False  # made from those of a quantized buffer, which are in no form that an index reads
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all indexes."""
-        return sum(head.nbytes for layer in self.layers for head in layer)
+        """Bytes of all indexes, and of keys that are kept for them alone."""
+        heads = [head for layer in self.layers for head in layer]
+        return sum(head.nbytes for head in heads) + (
+            sum(head.keys.nbytes for head in heads) if self.has_own_keys else 0
+        )
 
     def head(self, layer_idx: int, kv_head: int) -> KeyIndex:
         """The index of one layer and KV head; its position 0 is the segment's `begin`."""

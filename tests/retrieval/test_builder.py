@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,17 @@ def test_every_layer_and_head_is_indexed_behind_the_sink(world: Any, builder: In
             assert keys.data_ptr() == first.kv.keys[layer_idx, kv_head, 4].data_ptr(), "keys are not copied"
     assert (first.index_state, second.index_state) == ("ready", "ready")
     assert [(kind, num_keys) for kind, _, num_keys in built] == [("flat", 30), ("flat", 20)]
+
+
+def test_keys_that_only_an_index_needs_are_counted(make_world: Any, make_geometry: Any) -> None:
+    geometry = replace(make_geometry(dtype=torch.bfloat16), is_quantized=True)
+    segment = make_world(geometry=geometry).context([50]).path[0].segment
+    builder = IndexBuilder("flat", {}, num_sink_tokens=0, on_built=lambda *_: None)
+    builder.submit(segment, None)
+    builder.wait()
+    builder.close()
+    expected = 50 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * 2
+    assert segment.index.nbytes == builder.most_bytes(geometry, 50) == expected
 
 
 @pytest.mark.parametrize("kind", ["ivf", "codes"])
