@@ -61,7 +61,7 @@ class KvBuffer:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with the tensor
         row_bytes = math.prod(shape[2:]) * dtype.itemsize
         if row_bytes >= MIN_HUGE_ROW_BYTES:
-            with contextlib.suppress(OSError):  # a kernel without them
+            with contextlib.suppress(AttributeError, OSError):  # a system without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
         self._mappings.append((pages, row_bytes))
         return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -18,7 +18,7 @@ constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the la
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
 constexpr float kNear = 5.0f;               // nats below the best that a key within half the reach may not be missed
 constexpr float kOddRadius = 1.75f;         // of the root mean square
-constexpr float kKeysPerGroup = 14.0f;       // drawn from a drawn group, about
+constexpr float kKeysPerGroup = 14.0f;      // drawn from a drawn group, about
 
 // Codes that will be scanned soon, on their way from memory.
 void fetch(const CodeGroups& groups, int g, int head_dim) {

@@ -40,6 +40,14 @@ bool read_key(const Rows& rows, std::int64_t position, float* out) {
   return std::isfinite(magnitude);
 }
 
+void check_shape(int num_kv_heads, int head_dim, int bits) {
+  if (num_kv_heads < 1) throw std::invalid_argument("num_kv_heads must be positive");
+  if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
+    throw std::invalid_argument("head_dim must be a multiple of 8 up to 256, got " + std::to_string(head_dim));
+  }
+  if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("bits must be 1 to 4, got " + std::to_string(bits));
+}
+
 // out[i] = map * vectors[i], num <= kMaxGroup.
 void apply_map(const float* map, const float* vectors, int num, int head_dim, float* out) {
   kernels().score({vectors, nullptr, num, head_dim}, {map, nullptr, DType::kFloat32, head_dim}, nullptr, 0, head_dim,
@@ -74,11 +82,7 @@ struct LayerCodes::Encoded {
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed)
     : num_kv_heads_(num_kv_heads), head_dim_(head_dim), bits_(bits), seed_(seed) {
-  if (num_kv_heads < 1) throw std::invalid_argument("num_kv_heads must be positive");
-  if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
-    throw std::invalid_argument("head_dim must be a multiple of 8 up to 256, got " + std::to_string(head_dim));
-  }
-  if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("bits must be 1 to 4, got " + std::to_string(bits));
+  check_shape(num_kv_heads, head_dim, bits);
   heads_.resize(static_cast<std::size_t>(num_kv_heads));
   maps_ = shared_rotation(head_dim, seed);
 }
@@ -116,7 +120,7 @@ std::int64_t LayerCodes::nbytes() const {
 }
 
 std::int64_t LayerCodes::most_bytes(int num_kv_heads, int head_dim, int bits, std::int64_t num_keys, bool is_stretched) {
-  const LayerCodes empty(num_kv_heads, head_dim, bits, 0);  // refuses what cannot be
+  check_shape(num_kv_heads, head_dim, bits);
   const auto heads = static_cast<double>(num_kv_heads), dims = static_cast<double>(head_dim);
   const auto page = static_cast<double>(sysconf(_SC_PAGESIZE));
   const auto bytes_of = [&](int num_groups, int each) {
