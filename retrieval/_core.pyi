@@ -119,6 +119,9 @@ class Graph:
     def num_keys(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    def most_bytes(self, num_keys: int, head_dim: int, num_samples: int, num_listed: int) -> int:
+        """What `nbytes` is at most over so many keys, of which `num_samples` lists name `num_listed` in all."""
+
     def save(self) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]: ...
     def restore(
         self,

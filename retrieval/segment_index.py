@@ -47,9 +47,7 @@ class HeadIndexes(SegmentIndex):
     def nbytes(self) -> int:
         """Bytes of all indexes, and of keys that are kept for them alone."""
         heads = [head for layer in self.layers for head in layer]
-        return sum(head.nbytes for head in heads) + (
-            sum(head.keys.nbytes for head in heads) if self.has_own_keys else 0
-        )
+        return sum(head.nbytes + (head.keys.nbytes if self.has_own_keys else 0) for head in heads)
 
     def head(self, layer_idx: int, kv_head: int) -> KeyIndex:
         """The index of one layer and KV head; its position 0 is the segment's `begin`."""

@@ -112,19 +112,16 @@ class GroupLots {
     for (int n = 0; n < num_ && chunk.means.unit != means_unit_; ++n) {
       const int h = heads_[n];
       lots_[n] = lot_above(unit_.group_certain[h], scan_.query.base[h], scan_.level_unit(c, h), scan_.query.means, h, scale_);
-      draws_[n] = lots_[n].draw;
     }
     means_unit_ = chunk.means.unit;
     const std::int16_t* luck = lucks_of_groups(unit_.start + scan_.first_key(c) / kGroupKeys);
     const auto levels_of = [&](int n) { return scan_.levels + (heads_[n] * scan_.num_chunks + c) * kChunkRuns; };
-    std::uint64_t masks[kMaxGroup], runs = 0;
-    if (num_ == unit_.queries.num) {
-      kernels().draw(levels_of(0), scan_.num_chunks * kChunkRuns, num_, chunk.means.factors, luck, draws_, masks);
-    } else {
-      for (int n = 0; n < num_; ++n) kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &draws_[n], &masks[n]);
+    std::uint64_t runs = 0;
+    for (int n = 0; n < num_; ++n) {
+      std::uint64_t mask;
+      kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &lots_[n].draw, &mask);
+      runs |= mask;
     }
-    for (int n = 0; n < num_; ++n) runs |= masks[n];
-    if (runs == 0) return 0;
     std::uint32_t drawn = 0;
     for_each_bit(runs & chunk.full_runs, [&](int r) {
       const int g = r / kRunsPerGroup;
@@ -149,7 +146,6 @@ class GroupLots {
   int num_ = 0, heads_[kMaxGroup];
   float means_unit_ = -1.0f;  // of the chunk drawn from last
   Lot lots_[kMaxGroup];
-  Draw draws_[kMaxGroup];  // theirs, side by side
 };
 
 // Groups of chunk c that hold any of the runs.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 
 #include <sys/mman.h>
@@ -24,12 +25,6 @@ constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
 constexpr float kGridStep[kMaxBits + 1] = {0.0f, 1.596f, 0.996f, 0.586f, 0.335f};
 
-float dot(const float* a, const float* b, int n) {
-  float sum = 0.0f;
-  for (int i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
 // Key `position` as float32; false if it is not finite.
 bool read_key(const Rows& rows, std::int64_t position, float* out) {
   const float one = 1.0f;
@@ -46,12 +41,6 @@ void check_shape(int num_kv_heads, int head_dim, int bits) {
     throw std::invalid_argument("head_dim must be a multiple of 8 up to 256, got " + std::to_string(head_dim));
   }
   if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("bits must be 1 to 4, got " + std::to_string(bits));
-}
-
-// out[i] = map * vectors[i], num <= kMaxGroup.
-void apply_map(const float* map, const float* vectors, int num, int head_dim, float* out) {
-  kernels().score({vectors, nullptr, num, head_dim}, {map, nullptr, DType::kFloat32, head_dim}, nullptr, 0, head_dim,
-                  out, head_dim);
 }
 
 }  // namespace
@@ -216,7 +205,7 @@ void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_
 float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
   const int levels = 1 << bits;
   const float middle = 0.5f * static_cast<float>(levels - 1);
-  const float norm_squared = dot(r, r, head_dim);
+  const float norm_squared = std::inner_product(r, r + head_dim, r, 0.0f);
   const float norm = std::sqrt(norm_squared), root = std::sqrt(static_cast<float>(head_dim));
   const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits]) : 0.0f;
   float along = 0.0f;  // <u, r>
@@ -373,73 +362,6 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
   if (at != size) throw std::invalid_argument("codes with bytes left over");
   codes->num_keys_ = header[4];
   return codes;
-}
-
-CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations) {
-  const int dims = codes.head_dim();
-  const int num_tables = dims / 4;
-  CodeQuery out;
-  out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
-  float steps[kMaxGroup], lowest[kMaxGroup] = {}, total[kMaxGroup] = {};
-  float mapped[kMaxGroup * kMaxHeadDim];
-  apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
-  out.radius = own_radius(codes.head(head), dims);
-  own_deviations(codes.head(head), mapped, queries.num, dims, out.own);
-  for (int h = 0; h < queries.num; ++h) {
-    const float* rotated = mapped + h * dims;
-    out.base[h] = dot(queries.values + h * dims, codes.head(head).centroid.data(), dims);
-    out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
-    float range = 0.0f;
-    for (int s = 0; s < num_tables; ++s) {
-      float piece = 0.0f;
-      for (int j = 4 * s; j < 4 * s + 4; ++j) {
-        piece += std::fabs(rotated[j]);
-        total[h] += rotated[j];
-        lowest[h] += std::min(0.0f, rotated[j]);
-      }
-      range = std::max(range, piece);
-    }
-    // A table holds the sums over the subsets of four coordinates, shifted to begin at zero.
-    const float step = steps[h] = std::max(range / kTableLevels, 1e-30f);
-    for (int s = 0; s < num_tables; ++s) {
-      const float* q = rotated + 4 * s;
-      std::uint8_t* table = out.tables.data() + static_cast<std::ptrdiff_t>(h * num_tables + s) * 16;
-      float low = 0.0f;
-      for (int j = 0; j < 4; ++j) low += std::min(0.0f, q[j]);
-      for (unsigned subset = 0; subset < 16; ++subset) {
-        float sum = -low;
-        for (unsigned j = 0; j < 4; ++j) sum += (subset >> j & 1u) != 0 ? q[j] : 0.0f;
-        table[subset] = static_cast<std::uint8_t>(sum / step + 0.5f);
-      }
-    }
-  }
-  for (CodeReading* reading : {&out.keys, &out.means}) {
-    const int bits = reading == &out.keys ? codes.bits() : kMeanBits;
-    const auto top_code = static_cast<float>((1 << bits) - 1);
-    const float planes = top_code * (top_code + 2.0f) / 3.0f;  // sum of 4^p
-    const float most = static_cast<float>(num_tables * kTableLevels) * top_code;
-    float offsets[kMaxGroup], largest = 1.0f;
-    for (int h = 0; h < queries.num; ++h) {
-      // |u| sqrt((1 - a^2) / (d - 1)) is 0.60 to 0.65 on average for 1 to 4 bits, give or take 0.05.
-      constexpr float kMeanError = 0.63f, kLargeError = 0.7f;
-      // <u, q'> = 2 step * sum + least; rounding the tables adds a deviation of its own, plane by plane.
-      const float least = top_code * (2.0f * lowest[h] - total[h]);
-      const float rounding = 2.0f * steps[h] * std::sqrt(static_cast<float>(num_tables) / 12.0f * planes);
-      const float reach = (reading == &out.keys ? deviations : 0.0f) * std::hypot(kLargeError * out.norm[h], rounding);
-      reading->deviation[h] = std::hypot(kMeanError * out.norm[h], rounding);
-      reading->slope[h] = 2.0f * steps[h];
-      // A bound beyond 16 bits is cut; only deviations of hundreds lead there.
-      offsets[h] = std::clamp(std::ceil((least + reach) / reading->slope[h]), -32767.0f, 32767.0f - most);
-      reading->lift[h] = offsets[h] * reading->slope[h] - least;
-      largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + most)});
-    }
-    while (reading->shift < 14 && largest * static_cast<float>(2 << reading->shift) <= 32767.0f) ++reading->shift;
-    for (int h = 0; h < queries.num; ++h) {
-      reading->offsets[h] = static_cast<std::int16_t>(offsets[h]);
-      reading->slope[h] /= static_cast<float>(1 << reading->shift);
-    }
-  }
-  return out;
 }
 
 }  // namespace retrieval

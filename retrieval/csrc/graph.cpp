@@ -237,6 +237,13 @@ std::int64_t Graph::nbytes() const {
   return static_cast<std::int64_t>(count * 4);
 }
 
+std::int64_t Graph::most_bytes(std::int64_t num_keys, int head_dim, std::int64_t num_samples,
+                               std::int64_t num_listed) const {
+  const std::int64_t per_key = slots() + 1, per_sample = head_dim + 2;  // edges and norm; the sample, and a group's bounds
+  const auto metric = static_cast<std::int64_t>(GraphMetric::size(head_dim));
+  return 4 * (num_keys * per_key + num_samples * per_sample + num_listed + metric);
+}
+
 void Graph::restore(State state, std::int64_t num_keys, int head_dim) {
   const auto is_position = [&](std::int32_t i) { return i >= -1 && i < num_keys; };
   const auto width = static_cast<std::size_t>(head_dim);

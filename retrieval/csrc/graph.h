@@ -55,6 +55,8 @@ class Graph {
 
   std::int64_t size() const { return num_keys_; }
   std::int64_t nbytes() const;
+  // What nbytes is at most over so many keys, of which num_samples lists name num_listed in all.
+  std::int64_t most_bytes(std::int64_t num_keys, int head_dim, std::int64_t num_samples, std::int64_t num_listed) const;
   const GraphOptions& options() const { return options_; }
 
   // State as flat vectors, for saving.

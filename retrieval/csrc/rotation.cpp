@@ -5,6 +5,8 @@
 #include <mutex>
 #include <utility>
 
+#include "distance.h"
+
 namespace retrieval {
 namespace {
 
@@ -72,6 +74,11 @@ std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uin
     held = matrix = std::make_shared<const std::vector<float>>(std::move(made));
   }
   return matrix;
+}
+
+void apply_map(const float* map, const float* vectors, int num, int head_dim, float* out) {
+  kernels().score({vectors, nullptr, num, head_dim}, {map, nullptr, DType::kFloat32, head_dim}, nullptr, 0, head_dim,
+                  out, head_dim);
 }
 
 bool are_dual(const float* a, const float* b, int d) {

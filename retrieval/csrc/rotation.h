@@ -1,4 +1,4 @@
-// The random rotation of keys before they are encoded, and of queries alike.
+// The random rotation of keys before they are encoded, and of queries alike, as a matrix by itself or times another.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,9 @@ class Rotation {
 
 // The matrix R, one copy for as long as anybody holds it.
 std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uint64_t seed);
+
+// out[i] = map [d][d] * vectors[i], num <= kMaxGroup.
+void apply_map(const float* map, const float* vectors, int num, int head_dim, float* out);
 
 // Whether a, b [d][d] satisfy a^T b = 1, so that <a x, b y> = <x, y>.
 bool are_dual(const float* a, const float* b, int d);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "attend.h"
-#include "codes.h"
+#include "code_query.h"
 
 namespace retrieval {
 

@@ -12,7 +12,6 @@ from retrieval.index.faiss_index import FaissIndex
 from retrieval.index.library import Floats, as_floats
 
 NUM_ITERATIONS = 10
-LISTS_PER_ROOT = 2
 ID_BYTES = 8
 HALF_TYPES = {torch.float16: faiss.ScalarQuantizer.QT_fp16, torch.bfloat16: faiss.ScalarQuantizer.QT_bf16}
 
@@ -34,7 +33,7 @@ class IvfIndex(FaissIndex):
         super().__init__(keys, queries, num_lists=num_lists, num_probes=num_probes)
 
     def _create(self, vectors: Floats) -> Any:
-        num_lists = self._options["num_lists"] or int(LISTS_PER_ROOT * len(vectors) ** 0.5)
+        num_lists = self._options["num_lists"] or usual_num_lists(len(vectors))
         head_dim = vectors.shape[1]
         means = faiss.Kmeans(head_dim, num_lists, niter=NUM_ITERATIONS, seed=1, min_points_per_centroid=1)
         means.train(vectors)
@@ -73,18 +72,20 @@ class IvfIndex(FaissIndex):
         """The copy of the keys with their ids, and the centroids."""
         if self._structure is None:
             return 0
-        return (
-            self.num_keys * (self._keys.element_size() * self.head_dim + ID_BYTES)
-            + int(self._structure.nlist) * 4 * self.head_dim
-        )
+        return self.most_bytes(self.num_keys, self.head_dim, self._keys.element_size(), int(self._structure.nlist))
 
     @classmethod
     def most_bytes(
         cls, num_keys: int, head_dim: int, element_size: int, num_lists: int | None = None, **options: Any
     ) -> int:
         """See `KeyIndex.most_bytes`."""
-        num_lists = num_lists or int(LISTS_PER_ROOT * num_keys**0.5)
+        num_lists = num_lists or usual_num_lists(num_keys)
         return num_keys * (element_size * head_dim + ID_BYTES) + num_lists * 4 * head_dim
+
+
+def usual_num_lists(num_keys: int) -> int:
+    """Clusters where the options do not say."""
+    return int(2 * num_keys**0.5)
 
 
 def empty_lists(quantizer: Any, num_lists: int, dtype: torch.dtype) -> Any:

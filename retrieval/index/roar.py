@@ -22,7 +22,6 @@ from retrieval.index.library import Floats, LibraryIndex
 GRAPH_OPTIONS = ("degree", "num_linked", "num_pivots", "extra_degree", "link_width", "num_voters", "start_share")
 LIST_SIZE = 512
 MAX_QUERIES = 8192
-DEGREE = 16  # nearest neighbours of a key, and as many further edges
 WIDTHS = (100, 125, 150, 175, 200, 250, 300, 350, 400, 500, 600)
 NUM_CHECKS = 64  # sampled queries kept out of the graph to find that width
 CHECKED = 100  # best keys that those must find
@@ -49,10 +48,10 @@ class RoarIndex(LibraryIndex):
         max_queries: int = MAX_QUERIES,
         ef_search: int | None = None,
         max_share: float = 0.03,
-        degree: int = DEGREE,
+        degree: int = 16,
         num_linked: int = 100,
         num_pivots: int = 16,
-        extra_degree: int = DEGREE,
+        extra_degree: int = 16,
         link_width: int = 32,
         num_voters: int = 64,
         start_share: int = 64,
@@ -148,15 +147,13 @@ class RoarIndex(LibraryIndex):
         element_size: int,
         list_size: int = LIST_SIZE,
         max_queries: int = MAX_QUERIES,
-        degree: int = DEGREE,
-        extra_degree: int = DEGREE,
         **options: Any,
     ) -> int:
-        """See `KeyIndex.most_bytes`."""
-        num_listed = min(LISTED_PER_KEY * num_keys, max_queries * max(list_size, CHECKED)) + max(list_size, CHECKED)
-        num_queries = min(max_queries, num_listed // CHECKED)
-        metric = (1 + 2 * head_dim) * head_dim
-        return 4 * (num_keys * (degree + extra_degree + 1) + num_listed + num_queries * (head_dim + 2) + metric)
+        """See `KeyIndex.most_bytes`; `fit_lists` says how many lists of what length there may be."""
+        longest = max(list_size, CHECKED)
+        num_listed = min(LISTED_PER_KEY * num_keys, max_queries * longest) + longest
+        graph = _core.Graph(**{name: value for name, value in options.items() if name in GRAPH_OPTIONS})
+        return graph.most_bytes(num_keys, head_dim, min(max_queries, num_listed // CHECKED), num_listed)
 
     def _dump(self, structure: Any) -> bytes:
         parts = structure.save()
