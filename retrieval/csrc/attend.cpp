@@ -14,7 +14,8 @@ namespace {
 
 constexpr std::int64_t kExactKeys = 1024;       // keys per task of exact attention
 constexpr std::int64_t kChunksPerTask = 2;
-constexpr std::int64_t kChunksPerLongTask = 8;
+constexpr std::int64_t kChunksPerLongTask = 8;  // at least
+constexpr std::int64_t kLongTasks = 16;         // of a part, about
 constexpr std::int64_t kSmallProducts = std::int64_t{1} << 19;  // of a call: tens of microseconds of one core
 
 // Where the positions of a part end that its codes cover.
@@ -77,7 +78,7 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
       scan.crests = arena_.take<std::int16_t>(num * num_chunks);
       scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
-    const std::int64_t each = unit.is_long ? kChunksPerLongTask : kChunksPerTask;
+    const std::int64_t each = unit.is_long ? std::max(kChunksPerLongTask, scan.num_chunks / kLongTasks) : kChunksPerTask;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
       scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
       scan.found.emplace_back();

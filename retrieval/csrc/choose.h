@@ -27,7 +27,4 @@ void choose_first(Unit& unit);
 // By what the first groups have shown, sets what groups must reach and whether it pays to choose.
 void choose_whether(Unit& unit, const Budget& budget, float scale);
 
-// Chooses the groups of a chunk task, those to begin with included.
-void choose_groups(Unit& unit, const Task& task, const Budget& budget, float scale);
-
 }  // namespace retrieval

@@ -4,6 +4,7 @@
 
 #include "candidates.h"
 #include "choose.h"
+#include "chooser.h"
 #include "floor.h"
 #include "job.h"
 #include "luck.h"
@@ -11,6 +12,8 @@
 
 namespace retrieval {
 namespace {
+
+constexpr std::int64_t kGroupsAhead = 24;  // chosen, and on their way from memory, before they are scanned
 
 void begin(const Unit& unit, const Task& task, Found& found) {
   for (int h = 0; h < unit.queries.num; ++h) {
@@ -122,23 +125,23 @@ void Job::count_codes() {
   }
 }
 
-// Chooses, scans and lists in one go: bounds stay in the cache. A better key on the way raises what is listed.
+// Chooses, scans and lists in one go: bounds stay in the cache, and codes of groups further on are on their way there. A better key on the way raises what is listed.
 std::int64_t Job::search_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
   Found& found = scan.found[task.slot];
   std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
   const ChunkBounds here{bounds, kChunkKeys, tops, kBlocksPerChunk};
-  if (unit.chooses) {
-    choose_groups(unit, task, budget_, scale_);
-  } else {
-    std::fill(scan.chosen + task.begin, scan.chosen + task.end, ~0u);
-  }
   begin(unit, task, found);
+  Chooser chooser(unit, scan, budget_, scale_);
   Refiner refiner(unit, scan, scale_, found);
-  std::int64_t num_drawn = 0;
-  for (std::int64_t c = task.begin; c < task.end; ++c) {
+  std::int64_t num_drawn = 0, num_ahead = 0;
+  for (std::int64_t c = task.begin, next = c; c < task.end; ++c) {
+    for (; next < task.end && (next == c || num_ahead < kGroupsAhead); ++next) {
+      num_ahead += chooser.choose_and_fetch(next);
+    }
     if (scan.chosen[c] == 0) continue;
+    num_ahead -= __builtin_popcount(scan.chosen[c]);
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, scale_, found);
     num_drawn += refiner.refine(c, here);
