@@ -5,6 +5,7 @@
 #include <numeric>
 #include <set>
 #include <tuple>
+#include <utility>
 
 #include "job.h"
 #include "weigh.h"
@@ -24,13 +25,21 @@ std::int64_t coded_end(const Part& part) {
                     : part.begin;
 }
 
-// One arena per calling thread: a layer call touches the same pages as the one before.
-Arena& calling_arena() {
-  thread_local Arena arena;
-  return arena;
+// One per calling thread: a layer call touches the same pages as the one before.
+Scratch& callers_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
 }
 
 }  // namespace
+
+Job::~Job() {
+  for (Unit& unit : units_) {
+    for (Scan& scan : unit.scans) {
+      for (Found& found : scan.found) scratch_.give_back(std::move(found));
+    }
+  }
+}
 
 // Codes may be shared by sequences; each is locked once, in address order.
 void Job::lock(const std::vector<std::vector<const Part*>>& parts) {
@@ -76,12 +85,13 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     if (unit.is_long) {
       scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
       scan.crests = arena_.take<std::int16_t>(num * num_chunks);
+      scan.peaks = arena_.take<float>(num * num_chunks);
       scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
     }
     const std::int64_t each = unit.is_long ? std::max(kChunksPerLongTask, scan.num_chunks / kLongTasks) : kChunksPerTask;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
       scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
-      scan.found.emplace_back();
+      scan.found.push_back(scratch_.take());
     }
     unit.scans.push_back(std::move(scan));
   }
@@ -170,7 +180,7 @@ AttendStats Job::stats() const {
 
 AttendStats attend_layer(const LayerQueries& queries, const std::vector<std::vector<const Part*>>& parts, float scale,
                          const Budget& budget, ThreadPool& pool, float* out, float* lse) {
-  Job job(queries, scale, budget, pool, calling_arena(), false);
+  Job job(queries, scale, budget, pool, callers_scratch(), false);
   job.plan(parts);
   job.scan();
   job.search(budget.k);
@@ -181,7 +191,7 @@ AttendStats attend_layer(const LayerQueries& queries, const std::vector<std::vec
 
 AttendStats search_part(const LayerQueries& queries, const Part& part, int kv_head, int k, const Budget& budget,
                         ThreadPool& pool, std::int64_t* positions, float* scores) {
-  Job job(queries, 1.0f, budget, pool, calling_arena(), true, kv_head);
+  Job job(queries, 1.0f, budget, pool, callers_scratch(), true, kv_head);
   job.plan({{&part}});
   job.scan();
   job.search(k);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "chooser.h"
 #include "luck.h"
@@ -10,15 +9,46 @@
 namespace retrieval {
 namespace {
 
-constexpr std::size_t kFirstChunks = 8;     // chunks whose best groups a search begins with, per head
+constexpr int kFirstChunks = 8;             // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kChunksPerProbe = 4; // one of so many tells whether means do
 constexpr float kAlike = 1.2f;              // nats
 constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
-constexpr float kKeysPerGroup = 14.0f;      // drawn from a drawn group, about
+constexpr float kKeysPerGroup = 20.0f;      // drawn from a drawn group, about, where there are 2^17 keys
+
+struct Peak {
+  float level;
+  const Scan* scan;
+  std::int64_t chunk;
+};
+
+// The chunks with the highest peaks of head h, highest first; at most kFirstChunks.
+int best_chunks(const Unit& unit, int h, Peak* best) {
+  int num = 0;
+  for (const Scan& scan : unit.scans) {
+    const float* peaks = scan.peaks + h * scan.num_chunks;
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
+      if (num == kFirstChunks && peaks[c] <= best[num - 1].level) continue;
+      int at = num < kFirstChunks ? num++ : num - 1;
+      for (; at > 0 && best[at - 1].level < peaks[c]; --at) best[at] = best[at - 1];
+      best[at] = {peaks[c], &scan, c};
+    }
+  }
+  return num;
+}
+
+// How many keys to draw from a drawn group, about. More from fewer groups save time, but keys of a group err together. The
+// more keys there are, the farther off their codes lie: a group of 2^20 keys takes twice as long to fetch and to scan as
+// one of 2^17, and for the same error the best number grows as the root of that.
+float keys_per_group(const Unit& unit) {
+  std::int64_t num_keys = 1;
+  for (const Scan& scan : unit.scans) num_keys += scan.end - scan.begin;
+  return kKeysPerGroup * std::pow(static_cast<float>(num_keys) / 131072.0f, 1.0f / 6.0f);
+}
 
 // From floor, draws and total of each head: what a group must reach, or how it is drawn.
 void set_group_floors(Unit& unit, float scale) {
+  const float per_group = keys_per_group(unit);
   for (int h = 0; h < unit.queries.num; ++h) {
     // A run is left out when none of its keys can become the best, or of a head that draws, weigh as much as the rest.
     unit.group_floor[h] = unit.floor[h] == -kInfinity ? -kInfinity : unit.best[h];
@@ -30,7 +60,7 @@ void set_group_floors(Unit& unit, float scale) {
       continue;
     }
     unit.group_floor[h] = unit.best[h] + std::log(std::max(1.0f, unit.total[h])) / scale;
-    const float draws = unit.draws[h] / kKeysPerGroup * kGroupKeys * std::exp(0.5f * own * own);  // per weight of a key
+    const float draws = unit.draws[h] / per_group * kGroupKeys * std::exp(0.5f * own * own);  // per weight of a key
     unit.group_certain[h] = unit.best[h] - std::log(draws) / scale;
   }
 }
@@ -47,7 +77,11 @@ void score_means(Unit& unit, const Task& task) {
     kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, head_dim, reading.shift,
                    reinterpret_cast<const std::uint8_t*>(means.planes), means.bits, 1u, means.factors,
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
-    for (int h = 0; h < unit.queries.num; ++h) scan.crests[h * scan.num_chunks + c] = tops[h * kBlocksPerChunk];
+    for (int h = 0; h < unit.queries.num; ++h) {
+      const std::int16_t crest = tops[h * kBlocksPerChunk];
+      scan.crests[h * scan.num_chunks + c] = crest;
+      scan.peaks[h * scan.num_chunks + c] = scan.query.base[h] + scan.level_unit(c, h) * static_cast<float>(crest);
+    }
   }
 }
 
@@ -60,9 +94,8 @@ bool means_tell(const Unit& unit, const Budget& budget, float scale) {
     float crest = -kInfinity, best = -kInfinity;
     for (const Partial& partial : unit.partials) best = std::max(best, partial.top[h]);
     for (const Scan& scan : unit.scans) {
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-        crest = std::max(crest, scan.query.base[h] + scan.level_unit(c, h) * scan.crests[h * scan.num_chunks + c]);
-      }
+      const float* peaks = scan.peaks + h * scan.num_chunks;
+      crest = std::max(crest, kernels().maximum(peaks, static_cast<int>(scan.num_chunks)));
     }
     best = std::max(best, crest + kBestOfRun * own);
     std::int64_t num_within = 0, num_runs = 0;
@@ -82,11 +115,6 @@ bool means_tell(const Unit& unit, const Budget& budget, float scale) {
 }
 
 void choose_first(Unit& unit) {
-  struct Crest {
-    float level;
-    const Scan* scan;
-    std::int64_t chunk;
-  };
   for (Scan& scan : unit.scans) {
     std::fill_n(scan.chosen, scan.num_chunks, 0u);
     std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
@@ -96,23 +124,15 @@ void choose_first(Unit& unit) {
     fetch(scan.chunk(c).keys, g, unit.queries.head_dim);
   };
   for_sample_groups(unit, choose);
-  std::vector<Crest> crests;
   for (int h = 0; h < unit.queries.num; ++h) {
-    crests.clear();
-    for (const Scan& scan : unit.scans) {
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-        crests.push_back({scan.query.base[h] + scan.level_unit(c, h) * scan.crests[h * scan.num_chunks + c], &scan, c});
-      }
-    }
-    const std::size_t num = std::min(kFirstChunks, crests.size());
-    std::partial_sort(crests.begin(), crests.begin() + static_cast<std::ptrdiff_t>(num), crests.end(),
-                      [](const Crest& a, const Crest& b) { return a.level > b.level; });
-    for (std::size_t i = 0; i < num; ++i) {
-      const auto [level, scan, c] = crests[i];
+    Peak peaks[kFirstChunks];
+    const int num = best_chunks(unit, h, peaks);
+    for (int i = 0; i < num; ++i) {
+      const auto [level, scan, c] = peaks[i];
       const std::int16_t* levels = scan->levels + (h * scan->num_chunks + c) * kChunkRuns;
       for (int r = 0; r < kChunkRuns; ++r) {
         const float each = scan->query.base[h] + scan->level_unit(c, h) * levels[r];
-        if (each >= crests[num - 1].level) choose(*scan, c, r * kRunKeys / kGroupKeys);
+        if (each >= peaks[num - 1].level) choose(*scan, c, r * kRunKeys / kGroupKeys);
       }
     }
   }

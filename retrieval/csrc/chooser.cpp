@@ -36,15 +36,19 @@ std::uint32_t groups_of(std::uint64_t runs) {
 
 }  // namespace
 
-std::uint64_t Reach::runs_of(std::int64_t c) {
+bool Reach::may_be_in(std::int64_t c) {
   const CodeChunk& chunk = scan_.chunk(c);
   if (chunk.means.unit != means_unit_ || chunk.radius_unit != radius_unit_) measure(chunk);
+  bool may_be = reaches_all_;
+  const std::int16_t* crest = scan_.crests + c;
+  for (int h = 0; h < unit_.queries.num; ++h, crest += scan_.num_chunks) may_be |= *crest >= limits_[h];
+  return may_be;
+}
+
+std::uint64_t Reach::runs_of(std::int64_t c) {
+  if (!may_be_in(c)) return 0;
+  const CodeChunk& chunk = scan_.chunk(c);
   if (reaches_all_) return chunk.full_runs;
-  bool is_needed = false;
-  for (int h = 0; h < unit_.queries.num; ++h) {
-    is_needed |= scan_.crests[h * scan_.num_chunks + c] - draws_[h].lift >= draws_[h].floor;
-  }
-  if (!is_needed) return 0;
   static constexpr std::int16_t kNoLuck[kGroupKeys] = {};
   std::uint64_t masks[kMaxGroup], any = 0;
   kernels().draw(scan_.levels + c * kChunkRuns, scan_.num_chunks * kChunkRuns, unit_.queries.num, chunk.radii, kNoLuck,
@@ -73,6 +77,7 @@ void Reach::measure(const CodeChunk& chunk) {
     reaches_all_ |= steps > 32767.0f || floor < -32767.0f;
     draws_[h].lift = to_word(-steps);
     draws_[h].floor = to_word(floor);
+    limits_[h] = draws_[h].floor + draws_[h].lift;
   }
 }
 
@@ -90,10 +95,12 @@ std::uint32_t GroupLots::draw(std::int64_t c, std::uint32_t left_out) {
     lots_[n] = lot_above(unit_.group_certain[h], scan_.query.base[h], scan_.level_unit(c, h), scan_.query.means, h, scale_);
   }
   means_unit_ = chunk.means.unit;
-  const std::int16_t* luck = lucks_of_groups(unit_.start + scan_.first_key(c) / kGroupKeys);
+  const std::int64_t number = unit_.start + scan_.first_key(c) / kGroupKeys;
+  const std::int16_t *luck = lucks_of_groups(number), most_luck = most_luck_of_groups(number);
   const auto levels_of = [&](int n) { return scan_.levels + (heads_[n] * scan_.num_chunks + c) * kChunkRuns; };
   std::uint64_t runs = 0;
   for (int n = 0; n < num_; ++n) {
+    if (!lots_[n].may_draw(scan_.crests[heads_[n] * scan_.num_chunks + c], most_luck)) continue;
     std::uint64_t mask;
     kernels().draw(levels_of(n), 0, 1, chunk.means.factors, luck, &lots_[n].draw, &mask);
     runs |= mask;

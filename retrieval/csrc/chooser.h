@@ -15,6 +15,9 @@ class Reach {
   Reach(const Unit& unit, const Scan& scan, float deviations, float distance)
       : unit_(unit), scan_(scan), deviations_(deviations), distance_(distance) {}
 
+  // Whether there may be any in chunk c, by the largest mean of each head.
+  bool may_be_in(std::int64_t c);
+  // Those of chunk c, if there may be any.
   std::uint64_t runs_of(std::int64_t c);
 
  private:
@@ -26,6 +29,7 @@ class Reach {
   float means_unit_ = -1.0f, radius_unit_ = -1.0f;  // of the chunk that was measured last
   bool reaches_all_ = false;
   Draw draws_[kMaxGroup];
+  int limits_[kMaxGroup];  // of a mean in a run of the largest radius
 };
 
 // Groups that some head draws.

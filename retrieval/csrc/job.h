@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <shared_mutex>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
@@ -12,15 +13,45 @@
 
 namespace retrieval {
 
+// Memory that is kept from call to call.
+class Scratch {
+ public:
+  Scratch() { spare_.reserve(kMostSpare); }
+  Arena arena;
+
+  Found take() {
+    if (spare_.empty()) return {};
+    Found found = std::move(spare_.back());
+    spare_.pop_back();
+    return found;
+  }
+  // Lists that have grown far beyond the usual are not kept.
+  void give_back(Found&& found) {
+    if (found.positions.capacity() > 8 * kUsualCandidates || spare_.size() >= kMostSpare) return;
+    found.positions.clear();
+    found.inverses.clear();
+    found.bounds.clear();
+    found.counts.clear();
+    spare_.push_back(std::move(found));
+  }
+
+ private:
+  static constexpr std::size_t kMostSpare = 256;
+  std::vector<Found> spare_;
+};
+
 class Job {
  public:
   // With will_list, keys without codes become candidates instead of being attended.
-  Job(const LayerQueries& queries, float scale, const Budget& budget, ThreadPool& pool, Arena& arena, bool will_list,
+  Job(const LayerQueries& queries, float scale, const Budget& budget, ThreadPool& pool, Scratch& scratch, bool will_list,
       int first_kv_head = 0)
-      : queries_(queries), scale_(scale), budget_(budget), pool_(pool), arena_(arena), will_list_(will_list),
-        first_kv_head_(first_kv_head), has_ranks_(will_list || budget.k > 0 || budget.min_keys > 1) {
+      : queries_(queries), scale_(scale), budget_(budget), pool_(pool), scratch_(scratch), arena_(scratch.arena),
+        will_list_(will_list), first_kv_head_(first_kv_head),
+        has_ranks_(will_list || budget.k > 0 || budget.min_keys > 1) {
     arena_.reset();
   }
+  Job(const Job&) = delete;
+  ~Job();
 
   void plan(const std::vector<std::vector<const Part*>>& parts);
   void scan();           // exact parts, and the bounds of searched ones
@@ -64,6 +95,7 @@ class Job {
   const float scale_;
   const Budget& budget_;
   ThreadPool& pool_;
+  Scratch& scratch_;
   Arena& arena_;
   const bool will_list_;
   bool is_long_ = false;   // so are all units

@@ -40,6 +40,18 @@ const std::int16_t* lucks_of_groups(std::int64_t start) {
   return lucks.data() + kGroupKeys / kRunKeys * (start % kNumLucks);
 }
 
+std::int16_t most_luck_of_groups(std::int64_t start) {
+  static const std::vector<std::int16_t> most = [] {
+    std::vector<std::int16_t> largest;
+    for (std::int64_t first = 0; first < kNumLucks; ++first) {
+      const std::int16_t* lucks = lucks_of_groups(first);
+      largest.push_back(*std::max_element(lucks, lucks + kChunkRuns));
+    }
+    return largest;
+  }();
+  return most[static_cast<std::size_t>(start % kNumLucks)];
+}
+
 void set_start(Unit& unit) {
   std::uint32_t bits;
   std::memcpy(&bits, &unit.best[0], sizeof(bits));

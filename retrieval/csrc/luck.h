@@ -16,8 +16,9 @@ inline constexpr float kLeastChance = 1.0f / kNumLucks;
 
 // Luck of kChunkKeys keys in order, of which the first has number `start`.
 const std::int16_t* lucks_of_keys(std::int64_t start);
-// Luck of kChunkRuns runs, two by two, of which the first are of group number `start`.
+// Luck of kChunkRuns runs, two by two, of which the first are of group number `start`; and the greatest of it.
 const std::int16_t* lucks_of_groups(std::int64_t start);
+std::int16_t most_luck_of_groups(std::int64_t start);
 
 // Rounded, and cut to 16 bits.
 std::int16_t to_word(float value);
@@ -34,6 +35,11 @@ struct Lot {
   float log_chance(std::int16_t bound, std::int16_t factor) const {
     const std::int32_t estimate = bound - ((std::int32_t{factor} * draw.lift + (1 << 14)) >> 15);
     return step * (static_cast<float>(estimate - draw.floor) + 0.5f);
+  }
+  // Whether it could be drawn by that bound, at any factor, with that luck.
+  bool may_draw(std::int16_t bound, std::int16_t luck) const {
+    const std::int32_t lucky = ((std::int32_t{luck} * draw.spread + (1 << 14)) >> 15) << draw.doublings;
+    return draw.lift < 0 || bound + lucky >= draw.floor;
   }
   // The limit where all chances are larger, by a logarithm.
   std::int16_t floor_raised(float log_times) const { return to_word(static_cast<float>(draw.floor) - log_times / step); }

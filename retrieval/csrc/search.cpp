@@ -20,8 +20,8 @@ void begin(const Unit& unit, const Task& task, Found& found) {
     found.best[h] = unit.best[h];
     found.listed[h] = unit.listed[h];
     found.draws[h] = unit.draws[h] > 0.0f;
+    found.num_probed[h] = 0;
   }
-  constexpr std::size_t kUsualCandidates = 512;
   found.positions.reserve(kUsualCandidates);
   found.inverses.reserve(kUsualCandidates);
   found.bounds.reserve(4 * kUsualCandidates);

@@ -35,6 +35,8 @@ struct Partial {
   float* acc;  // [num][head_dim]
 };
 
+inline constexpr std::size_t kUsualCandidates = 512;  // of a chunk task
+
 // What a chunk task has found, in order.
 struct Found {
   std::vector<std::int32_t> positions;
@@ -68,6 +70,7 @@ struct Scan {
   // Only of long searches:
   std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] estimates of the means of runs
   std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
+  float* peaks = nullptr;          // [num][num_chunks] the same as scores
   float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
   std::vector<Found> found;                   // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending

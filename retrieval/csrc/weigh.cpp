@@ -37,30 +37,41 @@ std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& t
   Partial& partial = unit.partials[task.slot];
   const Rows keys = scan.part->key_rows(unit.kv_head), values = scan.part->value_rows(unit.kv_head);
   const std::int32_t* candidates = scan.positions.data() + task.begin;
-  float fresh[kMaxGroup * kTileKeys];
-  if (!has_ranks) {
-    kernels().score(unit.queries, keys, candidates, 0, static_cast<int>(task.end - task.begin), fresh, kTileKeys);
-  }
-  const float* scores = has_ranks ? scan.scores + task.begin : fresh;
-  const std::size_t stride = has_ranks ? scan.positions.size() : static_cast<std::size_t>(kTileKeys);
+  const float* inverses = scan.inverses.data() + task.begin;
+  const auto num_candidates = static_cast<int>(task.end - task.begin);
   float weights[kMaxGroup * kTileKeys];
-  float inverses[kTileKeys], floors[kMaxGroup];
-  std::int32_t positions[kTileKeys];
-  for (int h = 0; h < unit.queries.num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
-  // Keys that matter to any head, moved together.
-  int count = 0;
-  for (std::int64_t i = 0; i < task.end - task.begin; ++i) {
-    bool is_kept = false;
+  if (!has_ranks) {
+    kernels().score(unit.queries, keys, candidates, 0, num_candidates, weights, kTileKeys);
+  } else {
     for (int h = 0; h < unit.queries.num; ++h) {
-      const float score = scores[static_cast<std::size_t>(h) * stride + static_cast<std::size_t>(i)];
-      const bool is_mine = score >= floors[h];
-      weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
-      is_kept |= is_mine;
-      num_retrieved += is_mine ? 1 : 0;
+      const float* known = scan.scores + static_cast<std::size_t>(h) * scan.positions.size() + task.begin;
+      std::copy_n(known, num_candidates, weights + h * kTileKeys);
     }
-    positions[count] = candidates[i];
-    inverses[count] = scan.inverses[static_cast<std::size_t>(task.begin + i)];
-    count += is_kept ? 1 : 0;
+  }
+  float floors[kMaxGroup], kept_inverses[kTileKeys];
+  std::int32_t kept[kTileKeys];
+  for (int h = 0; h < unit.queries.num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
+  int count = num_candidates;
+  if (std::all_of(floors, floors + unit.queries.num, [](float floor) { return floor == -kInfinity; })) {
+    num_retrieved = std::int64_t{unit.queries.num} * count;
+  } else {
+    // Keys that matter to any head, moved together.
+    count = 0;
+    for (int i = 0; i < num_candidates; ++i) {
+      bool is_kept = false;
+      for (int h = 0; h < unit.queries.num; ++h) {
+        const float score = weights[h * kTileKeys + i];
+        const bool is_mine = score >= floors[h];
+        weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
+        is_kept |= is_mine;
+        num_retrieved += is_mine ? 1 : 0;
+      }
+      kept[count] = candidates[i];
+      kept_inverses[count] = inverses[i];
+      count += is_kept ? 1 : 0;
+    }
+    candidates = kept;
+    inverses = kept_inverses;
   }
   if (count == 0) return {0, 0};
   for (int h = 0; h < unit.queries.num; ++h) {
@@ -76,7 +87,7 @@ std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& t
     }
     partial.sum[h] = sum;
   }
-  kernels().accumulate(weights, kTileKeys, unit.queries.num, values, positions, 0, count, partial.acc);
+  kernels().accumulate(weights, kTileKeys, unit.queries.num, values, candidates, 0, count, partial.acc);
   return {num_retrieved, count};
 }
 

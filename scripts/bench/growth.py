@@ -4,15 +4,16 @@
     python scripts/bench/growth.py --lengths 131072 524288 --heads 0,1,2
 
 All lengths are held in memory together (4 GB per million keys of a whole layer, twice) and take turns step by step, so
-that a machine that changes its pace changes it for all. Quality is measured as in index.py, on questions asked later.
-What is compared by default: `core`, `core:reach=0` (every code is scanned) and `core:bits=0` (every key). The last
-line is JSON.
+that a machine that changes its pace changes it for all; growth is the median of what each turn shows. Quality is
+measured as in index.py, on questions asked later. What is compared by default: `core`, `core:reach=0` (every code is
+scanned) and `core:bits=0` (every key). The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -73,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     print("|", " | ".join(TITLES), "|\n|" + "---|" * len(TITLES))
     for spec in args.kinds:
-        first = None
-        for length, result in zip(args.lengths, compare(spec, layers, truths, plan, args.repeats), strict=True):
+        results = compare(spec, layers, truths, plan, args.repeats)
+        for length, result in zip(args.lengths, results, strict=True):
             layer = layers[length]
             row = report.figures(result, layer.train.shape[0], layer.keys.nbytes + layer.values.nbytes)
-            first = first or row["layer_us_p50"]
-            row |= {"num_keys": length, "growth": row["layer_us_p50"] / first}
+            turns = zip(result.step_seconds, results[0].step_seconds, strict=True)
+            row |= {"num_keys": length, "growth": statistics.median(step / first for step, first in turns)}
             rows.append(row)
             print(
                 f"| {spec} | {length} | {row['layer_us_p50']:.0f} | {row['growth']:.2f} | {row['mass_mean']:.4f} "
