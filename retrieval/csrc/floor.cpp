@@ -65,9 +65,9 @@ float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::
         std::uint64_t masks[kChunkGroups];
         kernels().select(scan.bounds + h * scan.stride() + c * kChunkKeys, kChunkGroups,
                          static_cast<std::int16_t>(threshold), masks);
-        for (int g = 0; g < kChunkGroups; ++g) {
-          count += static_cast<std::size_t>(__builtin_popcountll(masks[g] & scan.visible(c, g)));
-        }
+        for_each_bit(scan.chosen[c], [&](int g) {
+          if (masks[g] != 0) count += static_cast<std::size_t>(__builtin_popcountll(masks[g] & scan.visible(c, g)));
+        });
       }
     }
     if (count >= wanted) return bound;
@@ -108,6 +108,7 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
     std::uint64_t masks[kBlockGroups];
     kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
     for (int g = 0; g < kBlockGroups; ++g) {
+      if (masks[g] == 0) continue;
       const std::int64_t start = scan.first_key(0) + std::int64_t{top.block} * kBlockKeys + g * kGroupKeys;
       const auto group = static_cast<int>(top.block % kBlocksPerChunk * kBlockGroups) + g;
       for_each_bit(masks[g] & scan.visible(c, group), [&](int i) {
