@@ -43,15 +43,26 @@ std::vector<Top> read_tops(const Unit& unit, int h) {
   return tops;
 }
 
+// A value that at least `wanted` of the values reach, of which there are more, and hardly more than that. By halves: to
+// count takes a few vector instructions, to sort mispredicted branches.
+float reached_by(const std::vector<float>& values, std::size_t wanted) {
+  const auto num = static_cast<int>(values.size());
+  float low = *std::min_element(values.begin(), values.end()), high = kernels().maximum(values.data(), num);
+  for (int turn = 0; turn < 16 && low < high; ++turn) {
+    const float middle = low + 0.5f * (high - low);
+    float sum;
+    const auto reaching = static_cast<std::size_t>(num - kernels().below(values.data(), num, middle, &sum));
+    (reaching >= wanted ? low : high) = middle;
+    if (reaching >= wanted && reaching <= wanted + wanted / 8) break;
+  }
+  return low;
+}
+
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
 float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::size_t wanted) {
   std::vector<float> tops;
   for (const Top& top : blocks) tops.push_back(top.bound);
-  if (tops.size() > wanted) {
-    const auto nth = tops.begin() + static_cast<std::ptrdiff_t>(wanted);
-    std::nth_element(tops.begin(), nth, tops.end(), std::greater<float>());
-    return *nth;
-  }
+  if (tops.size() > wanted) return reached_by(tops, wanted);
   if (tops.empty()) return -kInfinity;
   // Few blocks: go down from the least top in growing steps until enough keys pass.
   const auto [least, most] = std::minmax_element(tops.begin(), tops.end());
@@ -80,46 +91,58 @@ float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::
 // Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
 // most `rest`.
 std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
-  struct Probe {
-    float bound;
+  struct Place {
     std::uint32_t scan;
     std::int32_t position;
   };
-  std::vector<Probe> probes;
-  probes.reserve(16 * wanted);
-  const std::vector<Top> tops = read_tops(unit, h);
+  std::vector<float> bounds;
+  std::vector<Place> places;  // of each
+  bounds.reserve(16 * wanted);
+  places.reserve(16 * wanted);
+  std::vector<Top> tops = read_tops(unit, h);
   rest = probe_bound(unit, h, tops, wanted);
+  // Best blocks first: they soon tell what the others must reach.
+  tops.erase(std::remove_if(tops.begin(), tops.end(), [&](const Top& top) { return top.bound < rest; }), tops.end());
+  std::sort(tops.begin(), tops.end(), [](const Top& a, const Top& b) { return a.bound > b.bound; });
   // Keeps the best, and what is looked for from then on are better ones.
-  const auto cut = [&](std::size_t kept) {
-    if (probes.size() <= kept) return;
-    std::nth_element(probes.begin(), probes.begin() + static_cast<std::ptrdiff_t>(kept), probes.end(),
-                     [](const Probe& a, const Probe& b) { return a.bound > b.bound; });
-    rest = probes[kept].bound;
-    probes.resize(kept);
+  const auto cut = [&](std::size_t wanted_here) {
+    if (bounds.size() <= wanted_here) return;
+    const float least = reached_by(bounds, wanted_here);
+    std::size_t kept = 0;
+    for (std::size_t i = 0; i < bounds.size(); ++i) {
+      const bool stays = bounds[i] >= least && kept < 2 * wanted_here;
+      rest = stays ? rest : std::max(rest, bounds[i]);
+      bounds[kept] = bounds[i];
+      places[kept] = places[i];
+      kept += stays ? 1 : 0;
+    }
+    bounds.resize(kept);
+    places.resize(kept);
   };
   for (const Top& top : tops) {
-    if (top.bound < rest) continue;
+    if (top.bound < rest) break;
     const Scan& scan = unit.scans[top.scan];
     const std::int64_t c = top.block / kBlocksPerChunk;
     const int threshold = scan.threshold(c, h, rest);
     if (threshold > 32767) continue;
-    const std::int16_t* bounds = scan.bounds + h * scan.stride() + std::int64_t{top.block} * kBlockKeys;
+    const std::int16_t* block = scan.bounds + h * scan.stride() + std::int64_t{top.block} * kBlockKeys;
     const float factor = scan.bound_unit(c, h);
-    std::uint64_t masks[kBlockGroups];
-    kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
-    for (int g = 0; g < kBlockGroups; ++g) {
-      if (masks[g] == 0) continue;
-      const std::int64_t start = scan.first_key(0) + std::int64_t{top.block} * kBlockKeys + g * kGroupKeys;
-      const auto group = static_cast<int>(top.block % kBlocksPerChunk * kBlockGroups) + g;
-      for_each_bit(masks[g] & scan.visible(c, group), [&](int i) {
-        probes.push_back({scan.query.base[h] + factor * static_cast<float>(bounds[g * kGroupKeys + i]), top.scan,
-                          static_cast<std::int32_t>(start + i)});
+    const auto first_group = static_cast<int>(top.block % kBlocksPerChunk * kBlockGroups);
+    const std::int64_t first_key = scan.first_key(0) + std::int64_t{top.block} * kBlockKeys;
+    for_each_bit(scan.chosen[c] >> first_group & ((1u << kBlockGroups) - 1), [&](int g) {
+      const std::int64_t start = std::int64_t{g} * kGroupKeys;
+      std::uint64_t mask;
+      kernels().select(block + start, 1, static_cast<std::int16_t>(threshold), &mask);
+      if (mask == 0) return;
+      for_each_bit(mask & scan.visible(c, first_group + g), [&](int i) {
+        bounds.push_back(scan.query.base[h] + factor * static_cast<float>(block[start + i]));
+        places.push_back({top.scan, static_cast<std::int32_t>(first_key + start + i)});
       });
-    }
-    if (probes.size() > 8 * wanted) cut(2 * wanted);
+    });
+    if (bounds.size() > 8 * wanted) cut(2 * wanted);
   }
   cut(2 * wanted);
-  const std::size_t kept = probes.size();
+  const std::size_t kept = bounds.size();
   const Queries query = one_query(unit, h);
   std::vector<float> scores(kept);
   std::vector<std::int32_t> positions;
@@ -127,7 +150,7 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     positions.clear();
     for (std::size_t i = 0; i < kept; ++i) {
-      if (probes[i].scan == s) positions.push_back(probes[i].position);
+      if (places[i].scan == s) positions.push_back(places[i].position);
     }
     const auto count = static_cast<int>(positions.size());
     kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done,
