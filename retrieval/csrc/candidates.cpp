@@ -121,9 +121,15 @@ std::int64_t Refiner::refine(std::int64_t c, const ChunkBounds& in) {
     std::fill_n(chances, count, -kInfinity);
     for (int h = 0; h < num; ++h) raise(takings_[h], taken, h, count, chances);
     std::fill_n(stand_for, count, 1.0f);
-    for (int n = 0; unit_.chooses && n < count; ++n) stand_for[n] = scan_.weight_of(c, slots[n] / kGroupKeys);
-    for (int n = 0; unit_.chooses && n < count; ++n) {
-      if (stand_for[n] > 1.0f) chances[n] += std::log(stand_for[n]);
+    float weight = 1.0f, log_weight = 0.0f;  // of the group that key n is in
+    for (int n = 0, group = -1; unit_.chooses && n < count; ++n) {
+      if (slots[n] / kGroupKeys != group) {
+        group = slots[n] / kGroupKeys;
+        weight = scan_.weight_of(c, group);
+        log_weight = weight > 1.0f ? std::log(weight) : 0.0f;
+      }
+      stand_for[n] = weight;
+      chances[n] += log_weight;
     }
     for (int n = 0; n < count; ++n) chances[n] = std::min(0.0f, chances[n]);
     kernels().exponentiate(chances, count, 1.0f, 0.0f, -kInfinity);

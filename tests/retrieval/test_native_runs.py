@@ -217,6 +217,19 @@ def test_result_does_not_depend_on_threads() -> None:
         assert torch.equal(lse, answers[0][1])
 
 
+def test_result_does_not_depend_on_calls_before() -> None:
+    keys, values = topical()
+    codes = codes_of(keys)
+    parts = [_core.Part(keys, values, 0, NUM_KEYS, codes)]
+    narrow, wide = questions(keys, 4, 4.0), questions(keys, 2, 0.2)
+    before = attend(narrow, parts)
+    long_lists = attend(wide, parts, rest=0.0, beta=1000.0)[2]
+    assert sum(each.num_retrieved for each in long_lists) > NUM_KEYS  # lists of tasks grow far beyond the usual
+    after = attend(narrow, parts)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert bytes_read(before[2]) == bytes_read(after[2])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_any_number_of_bits(bits: int) -> None:
     keys, values = topical()
