@@ -226,7 +226,8 @@ def test_result_does_not_depend_on_calls_before() -> None:
     long_lists = attend(wide, parts, rest=0.0, beta=1000.0)[2]
     assert sum(each.num_retrieved for each in long_lists) > NUM_KEYS  # lists of tasks grow far beyond the usual
     after = attend(narrow, parts)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
     assert bytes_read(before[2]) == bytes_read(after[2])
 
 
