@@ -125,7 +125,8 @@ void Job::count_codes() {
   }
 }
 
-// Chooses, scans and lists in one go: bounds stay in the cache, and codes of groups further on are on their way there. A better key on the way raises what is listed.
+// Chooses, scans and lists in one go: bounds stay in the cache, and codes of groups further on are on their way there. A
+// better key on the way raises what is listed.
 std::int64_t Job::search_chunks(const Task& task) {
   Unit& unit = units_[task.unit];
   Scan& scan = unit.scans[task.run];
