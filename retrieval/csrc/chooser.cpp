@@ -36,19 +36,18 @@ std::uint32_t groups_of(std::uint64_t runs) {
 
 }  // namespace
 
-bool Reach::may_be_in(std::int64_t c) {
-  const CodeChunk& chunk = scan_.chunk(c);
-  if (chunk.means.unit != means_unit_ || chunk.radius_unit != radius_unit_) measure(chunk);
-  bool may_be = reaches_all_;
+bool Reach::may_be_in(std::int64_t c) const {
+  bool may_be = false;
   const std::int16_t* crest = scan_.crests + c;
   for (int h = 0; h < unit_.queries.num; ++h, crest += scan_.num_chunks) may_be |= *crest >= limits_[h];
   return may_be;
 }
 
 std::uint64_t Reach::runs_of(std::int64_t c) {
-  if (!may_be_in(c)) return 0;
   const CodeChunk& chunk = scan_.chunk(c);
+  if (chunk.means.unit != means_unit_ || chunk.radius_unit != radius_unit_) measure(chunk);
   if (reaches_all_) return chunk.full_runs;
+  if (!may_be_in(c)) return 0;
   static constexpr std::int16_t kNoLuck[kGroupKeys] = {};
   std::uint64_t masks[kMaxGroup], any = 0;
   kernels().draw(scan_.levels + c * kChunkRuns, scan_.num_chunks * kChunkRuns, unit_.queries.num, chunk.radii, kNoLuck,

@@ -15,13 +15,12 @@ class Reach {
   Reach(const Unit& unit, const Scan& scan, float deviations, float distance)
       : unit_(unit), scan_(scan), deviations_(deviations), distance_(distance) {}
 
-  // Whether there may be any in chunk c, by the largest mean of each head.
-  bool may_be_in(std::int64_t c);
-  // Those of chunk c, if there may be any.
+  // Those of chunk c.
   std::uint64_t runs_of(std::int64_t c);
 
  private:
   void measure(const CodeChunk& chunk);
+  bool may_be_in(std::int64_t c) const;  // by the largest mean of each head
 
   const Unit& unit_;
   const Scan& scan_;

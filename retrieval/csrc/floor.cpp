@@ -88,29 +88,27 @@ float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::
   return -kInfinity;
 }
 
-// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
-// most `rest`.
-std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
-  struct Place {
-    std::uint32_t scan;
-    std::int32_t position;
-  };
+struct Place {
+  std::uint32_t scan;
+  std::int32_t position;
+};
+
+// Keys by their bounds.
+struct Probes {
   std::vector<float> bounds;
-  std::vector<Place> places;  // of each
-  bounds.reserve(16 * wanted);
-  places.reserve(16 * wanted);
-  std::vector<Top> tops = read_tops(unit, h);
-  rest = probe_bound(unit, h, tops, wanted);
-  // Best blocks first: they soon tell what the others must reach.
-  tops.erase(std::remove_if(tops.begin(), tops.end(), [&](const Top& top) { return top.bound < rest; }), tops.end());
-  std::sort(tops.begin(), tops.end(), [](const Top& a, const Top& b) { return a.bound > b.bound; });
-  // Keeps the best, and what is looked for from then on are better ones.
-  const auto cut = [&](std::size_t wanted_here) {
-    if (bounds.size() <= wanted_here) return;
-    const float least = reached_by(bounds, wanted_here);
+  std::vector<Place> places;
+
+  explicit Probes(std::size_t room) {
+    bounds.reserve(room);
+    places.reserve(room);
+  }
+  // Keeps the best, `wanted` or somewhat more; rest: raised to the bounds of all others.
+  void cut(std::size_t wanted, float& rest) {
+    if (bounds.size() <= wanted) return;
+    const float least = reached_by(bounds, wanted);
     std::size_t kept = 0;
     for (std::size_t i = 0; i < bounds.size(); ++i) {
-      const bool stays = bounds[i] >= least && kept < 2 * wanted_here;
+      const bool stays = bounds[i] >= least && kept < 2 * wanted;
       rest = stays ? rest : std::max(rest, bounds[i]);
       bounds[kept] = bounds[i];
       places[kept] = places[i];
@@ -118,7 +116,36 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
     }
     bounds.resize(kept);
     places.resize(kept);
-  };
+  }
+};
+
+std::vector<float> score_places(const Unit& unit, int h, const std::vector<Place>& places) {
+  const Queries query = one_query(unit, h);
+  std::vector<float> scores(places.size());
+  std::vector<std::int32_t> positions;
+  std::size_t done = 0;
+  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
+    positions.clear();
+    for (const Place& place : places) {
+      if (place.scan == s) positions.push_back(place.position);
+    }
+    const auto count = static_cast<int>(positions.size());
+    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done,
+                    count);
+    done += positions.size();
+  }
+  return scores;
+}
+
+// Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
+// most `rest`.
+std::vector<float> probe(const Unit& unit, int h, std::size_t wanted, float& rest) {
+  Probes probes(16 * wanted);
+  std::vector<Top> tops = read_tops(unit, h);
+  rest = probe_bound(unit, h, tops, wanted);
+  // Best blocks first: they soon tell what the others must reach.
+  tops.erase(std::remove_if(tops.begin(), tops.end(), [&](const Top& top) { return top.bound < rest; }), tops.end());
+  std::sort(tops.begin(), tops.end(), [](const Top& a, const Top& b) { return a.bound > b.bound; });
   for (const Top& top : tops) {
     if (top.bound < rest) break;
     const Scan& scan = unit.scans[top.scan];
@@ -135,29 +162,14 @@ std::vector<float> probe(Unit& unit, int h, std::size_t wanted, float& rest) {
       kernels().select(block + start, 1, static_cast<std::int16_t>(threshold), &mask);
       if (mask == 0) return;
       for_each_bit(mask & scan.visible(c, first_group + g), [&](int i) {
-        bounds.push_back(scan.query.base[h] + factor * static_cast<float>(block[start + i]));
-        places.push_back({top.scan, static_cast<std::int32_t>(first_key + start + i)});
+        probes.bounds.push_back(scan.query.base[h] + factor * static_cast<float>(block[start + i]));
+        probes.places.push_back({top.scan, static_cast<std::int32_t>(first_key + start + i)});
       });
     });
-    if (bounds.size() > 8 * wanted) cut(2 * wanted);
+    if (probes.bounds.size() > 8 * wanted) probes.cut(2 * wanted, rest);  // from then on better ones are looked for
   }
-  cut(2 * wanted);
-  const std::size_t kept = bounds.size();
-  const Queries query = one_query(unit, h);
-  std::vector<float> scores(kept);
-  std::vector<std::int32_t> positions;
-  std::size_t done = 0;
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    positions.clear();
-    for (std::size_t i = 0; i < kept; ++i) {
-      if (places[i].scan == s) positions.push_back(places[i].position);
-    }
-    const auto count = static_cast<int>(positions.size());
-    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done,
-                    count);
-    done += positions.size();
-  }
-  return scores;
+  probes.cut(2 * wanted, rest);
+  return score_places(unit, h, probes.places);
 }
 
 }  // namespace

@@ -3,8 +3,35 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 namespace retrieval {
+namespace {
+
+// Keys that reach the floor of any head, one after the other, with their scores [num][kTileKeys]: -infinity where they do
+// not reach the head's. Returns how many scores do, and how many keys.
+std::pair<std::int64_t, int> move_together(const std::int32_t* candidates, const float* inverses, int num_candidates,
+                                           const float* floors, int num, float* scores, std::int32_t* kept,
+                                           float* kept_inverses) {
+  std::int64_t num_reached = 0;
+  int count = 0;
+  for (int i = 0; i < num_candidates; ++i) {
+    bool is_kept = false;
+    for (int h = 0; h < num; ++h) {
+      const float score = scores[h * kTileKeys + i];
+      const bool is_mine = score >= floors[h];
+      scores[h * kTileKeys + count] = is_mine ? score : -kInfinity;
+      is_kept |= is_mine;
+      num_reached += is_mine ? 1 : 0;
+    }
+    kept[count] = candidates[i];
+    kept_inverses[count] = inverses[i];
+    count += is_kept ? 1 : 0;
+  }
+  return {num_reached, count};
+}
+
+}  // namespace
 
 void attend_exactly(Unit& unit, const Task& task, float scale) {
   const Part& part = *unit.exact[task.run];
@@ -32,7 +59,6 @@ void attend_exactly(Unit& unit, const Task& task, float scale) {
 }
 
 std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& task, float scale, bool has_ranks) {
-  std::int64_t num_retrieved = 0;
   Scan& scan = unit.scans[task.run];
   Partial& partial = unit.partials[task.slot];
   const Rows keys = scan.part->key_rows(unit.kv_head), values = scan.part->value_rows(unit.kv_head);
@@ -52,24 +78,10 @@ std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& t
   std::int32_t kept[kTileKeys];
   for (int h = 0; h < unit.queries.num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
   int count = num_candidates;
-  if (std::all_of(floors, floors + unit.queries.num, [](float floor) { return floor == -kInfinity; })) {
-    num_retrieved = std::int64_t{unit.queries.num} * count;
-  } else {
-    // Keys that matter to any head, moved together.
-    count = 0;
-    for (int i = 0; i < num_candidates; ++i) {
-      bool is_kept = false;
-      for (int h = 0; h < unit.queries.num; ++h) {
-        const float score = weights[h * kTileKeys + i];
-        const bool is_mine = score >= floors[h];
-        weights[h * kTileKeys + count] = is_mine ? score : -kInfinity;
-        is_kept |= is_mine;
-        num_retrieved += is_mine ? 1 : 0;
-      }
-      kept[count] = candidates[i];
-      kept_inverses[count] = inverses[i];
-      count += is_kept ? 1 : 0;
-    }
+  std::int64_t num_retrieved = std::int64_t{unit.queries.num} * count;
+  if (std::any_of(floors, floors + unit.queries.num, [](float floor) { return floor > -kInfinity; })) {
+    std::tie(num_retrieved, count) = move_together(candidates, inverses, num_candidates, floors, unit.queries.num, weights,
+                                                   kept, kept_inverses);
     candidates = kept;
     inverses = kept_inverses;
   }
