@@ -232,6 +232,16 @@ class Part:
     @property
     def codes(self) -> LayerCodes | None: ...
 
+class DecodeRows:
+    """A decode step's queries and results, taken once for many calls; shares the tensors' memory."""
+
+    def __init__(self, queries: Tensor, out: Tensor, lse: Tensor) -> None:
+        """queries `[num_seqs, num_q_heads, head_dim]` bf16, fp16 or fp32, dense in each sequence; out float32 of the
+        same shape and lse float32 `[num_seqs, num_q_heads]`, contiguous; all on the CPU."""
+
+    def attend(self, parts: list[list[Part]], scale: float, budget: Budget = ...) -> AttendStats:
+        """As `attend_layer`, with what the tensors hold by now."""
+
 def attend_layer(
     queries: Tensor,
     parts: list[list[Part]],
@@ -242,7 +252,7 @@ def attend_layer(
 ) -> AttendStats:
     """Attention of one layer for one token of each sequence, over the disjoint parts of each.
 
-    queries `[num_seqs, num_q_heads, head_dim]` bf16, fp16 or fp32, contiguous; fills out float32
+    queries `[num_seqs, num_q_heads, head_dim]` bf16, fp16 or fp32, dense in each sequence; fills out float32
     `[num_seqs, num_q_heads, head_dim]` and lse float32 `[num_seqs, num_q_heads]` (natural log, after
     scaling; no key: out 0, lse -inf). The result does not depend on the number of threads.
     """

@@ -141,15 +141,25 @@ class _BoundParts:
     ranges: list[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class _LentRows:
+    """The tensors of a call, and the core's hold on them."""
+
+    queries: Tensor
+    out: Tensor
+    lse: Tensor
+    core_rows: Any
+
+
 class NativeDecoder(Decoder):
-    """The C++ core's `attend_layer`: all runs in host memory, exact or behind layer codes, in one call."""
+    """The C++ core's `DecodeRows.attend`: all runs in host memory, exact or behind layer codes, in one call."""
 
     has_own_threads = True
 
     def __init__(self, num_retrieved: int, core: Any, budget: Any) -> None:
         super().__init__(num_retrieved)
         self._core, self._budget = core, budget
-        self._lse = torch.empty(0)
+        self._lent: _LentRows | None = None
 
     def announce(self, num_tokens: int) -> None:
         """As `Decoder.announce`; waking pays where the work is long."""
@@ -166,13 +176,11 @@ class NativeDecoder(Decoder):
         out: Tensor | None = None,
     ) -> Tensor:
         """As `Decoder.attend`."""
-        host = (queries if queries.is_cpu else queries.cpu()).contiguous()
         bound = [row.bound or self._bind_row(row) for row in rows]
-        parts = [row.layers[layer_idx] for row in bound]
-        out = torch.empty_like(host, dtype=torch.float32) if out is None else out
-        lse = self._room_for_lse(host)
-        cost = self._core.attend_layer(Lent(host), parts, scale, Lent(out), Lent(lse), self._budget)
+        lent = self._lend(queries, out)
+        cost = lent.core_rows.attend([row.layers[layer_idx] for row in bound], scale, self._budget)
         stats.add(cost.num_visible, cost.num_scored, cost.num_retrieved)
+        out, lse = lent.out, lent.lse
         if not queries.is_cpu:
             out, lse = out.to(queries.device), lse.to(queries.device)
         for i, row in enumerate(bound):
@@ -181,11 +189,19 @@ class NativeDecoder(Decoder):
                 out[i] = merge([(out[i], lse[i]), *others])[0]
         return out
 
-    def _room_for_lse(self, queries: Tensor) -> Tensor:
-        """`[num_seqs, num_q_heads]`, of use until the next call."""
-        if self._lse.shape != queries.shape[:-1]:
-            self._lse = torch.empty(queries.shape[:-1])
-        return self._lse
+    def _lend(self, queries: Tensor, out: Tensor | None) -> _LentRows:
+        """Made anew unless the caller computes in the tensors of its last call."""
+        lent = self._lent
+        if lent is None or lent.queries is not queries or lent.out is not out:
+            host = queries if queries.is_cpu else queries.cpu()
+            if host.stride()[1:] != (host.shape[2], 1):
+                host = host.contiguous()
+            out = torch.empty(host.shape) if out is None else out
+            lse = torch.empty(host.shape[:-1])
+            lent = _LentRows(queries, out, lse, self._core.DecodeRows(Lent(host), Lent(out), Lent(lse)))
+            # What is in a copy would be old.
+            self._lent = lent if host is queries else None
+        return lent
 
     def _bind_row(self, row: DecodeRow) -> BoundRow:
         others = [run for run in row.runs if not _is_native(run)]

@@ -12,7 +12,8 @@ from retrieval.merge import Partial
 
 
 def attend_block(queries: Tensor, keys: Tensor, values: Tensor, scale: float, is_causal: bool = False) -> Partial:
-    """Softmax attention with lse: queries `[heads, n, d]`, keys and values `[heads, m, d]`, same device and dtype.
+    """Softmax attention with lse: queries `[heads, n, d]`, keys and values `[heads, m, d]`, same device and dtype,
+    the last dimension dense.
 
     With `is_causal`, n == m and query i sees keys 0..i. Returns out float32 `[heads, n, d]`, lse float32 `[heads, n]`.
     """

@@ -92,6 +92,27 @@ def test_no_run_at_all_gives_zeros(world: Any, decode: Any) -> None:
     assert torch.equal(out, torch.zeros(4, 16))
 
 
+def test_a_decoder_takes_what_its_callers_tensors_hold_by_now(world: Any, decode: Any) -> None:
+    core = pytest.importorskip("retrieval._core")
+    context = context_with_indexes(world)
+    decoder = NativeDecoder(EVERYTHING, core, core.Budget(k=EVERYTHING))
+    runs, out = context.decode_runs(1), torch.empty(1, 4, 16)
+    same, strided = torch.empty(1, 4, 16), torch.empty(1, 4, 32)[..., :16]
+
+    def attend(queries: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        return decoder.attend(queries, [DecodeRow(context, runs)], 0, world.scale, DecodeStats(), out)
+
+    for queries in (same, strided, same.clone()):
+        for _ in range(2):
+            queries.copy_(world.randn(1, 4, 16))
+            expected = decode(queries[0], context, runs, 0, EVERYTHING)
+            torch.testing.assert_close(attend(queries, out)[0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)
+        fresh = attend(queries, None)
+        assert fresh is not out
+        torch.testing.assert_close(fresh[0], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("exact_keys", "num_parts"), [(92, 3), (91, 5)])  # 56 and 35 keys are searched
 def test_where_few_keys_are_searched_buffers_are_attended_whole(
     world: Any, oracle: Any, exact_keys: int, num_parts: int

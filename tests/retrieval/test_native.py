@@ -89,6 +89,22 @@ def test_exact_parts_agree_with_the_twin(level: str, dtype: torch.dtype, head_di
     assert stats.num_visible == stats.num_scored == 6 * sum(e - b for b, e in ranges)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_taken_once_serve_many_calls(dtype: torch.dtype) -> None:
+    _, keys, values = gapped(1500, dtype=dtype)
+    parts = [[_core.Part(keys, values, 0, end, code(keys))] for end in (1500, 900, 3)]
+    wide = normal(3, 6, 64, seed=4, dtype=dtype)
+    queries, out, lse = wide[:, :4], torch.empty(3, 4, 64), torch.empty(3, 4)  # sequences lie apart
+    rows = _core.DecodeRows(queries, out, lse)
+    for seed in (5, 6):
+        wide.copy_(normal(3, 6, 64, seed=seed))
+        stats = rows.attend(parts, SCALE, _core.Budget(exact_keys=512))
+        expected = attend(queries.contiguous(), parts)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+        assert stats.num_scored == expected[2].num_scored
+
+
 @pytest.mark.parametrize("group", [1, 3, 7, 8, 9, 20])
 def test_any_group_size_is_served(level: str, group: int) -> None:
     queries, keys, values = gapped(2500, group=group)
@@ -390,6 +406,10 @@ def test_wrong_shapes_dtypes_and_ranges_are_refused() -> None:
         lambda: attend(queries, []),
         lambda: attend(queries[:, :3].contiguous(), [[part]]),
         lambda: attend(queries[..., :32].contiguous(), [[part]]),
+        lambda: _core.DecodeRows(queries.transpose(1, 2), torch.empty(1, 64, 4), torch.empty(1, 64)),
+        lambda: _core.DecodeRows(queries.double(), torch.empty(1, 4, 64), torch.empty(1, 4)),
+        lambda: _core.DecodeRows(queries, torch.empty(1, 4, 32), torch.empty(1, 4)),
+        lambda: _core.DecodeRows(queries, torch.empty(1, 4, 64), torch.empty(4)),
         lambda: setattr(part, "end", 101),
     )
     for call in refused:

@@ -211,7 +211,7 @@ class FaissRabitq(Contestant):
 
 
 class Core(Contestant):
-    """The core's `attend_layer`: all heads in one native call, over codes (`bits`) or, with bits=0, exactly."""
+    """The core's `DecodeRows.attend`: all heads in one native call, over codes (`bits`) or, with bits=0, exactly."""
 
     def __init__(self, layer: Layer, plan: Plan, bits: int = 2, **budget: Any) -> None:
         from retrieval import _core
@@ -232,24 +232,28 @@ class Core(Contestant):
         self.searched = [self.core.Part(held_keys, held_values, 0, count, self.codes)]
         static = self.core.Part(self.static_keys, self.static_values, 0, self.static_keys.shape[1])
         self.everything = [static, *self.searched]
+        # As the server's decode pass, which computes in the same memory step by step.
+        num_q_heads, dtype = len(self.layer.train), self.layer.asked["later"].dtype
+        self.queries = torch.empty(num_q_heads, keys.shape[2], dtype=dtype)
+        self.out, self.lse = torch.empty(num_q_heads, keys.shape[2]), torch.empty(num_q_heads)
+        self.rows = self.core.DecodeRows(Lent(self.queries[None]), Lent(self.out[None]), Lent(self.lse[None]))
 
-    def attend(self, queries: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor, Any]:
-        num_q_heads, head_dim = queries.shape
-        out, lse = torch.empty(1, num_q_heads, head_dim), torch.empty(1, num_q_heads)
-        rows = queries[None].contiguous()
-        stats = self.core.attend_layer(Lent(rows), [parts], self.layer.scale, Lent(out), Lent(lse), self.budget)
-        return out[0], lse[0], stats
+    def attend(self, queries: Tensor, parts: list[Any]) -> Any:
+        """Fills `out` and `lse`, until the next call."""
+        self.queries.copy_(queries)
+        return self.rows.attend([parts], self.layer.scale, self.budget)
 
     def retrieve(self, queries: Tensor) -> Partial:
-        out, lse, stats = self.attend(queries, self.searched)
+        stats = self.attend(queries, self.searched)
         self.cost.num_queries += len(queries)
         self.cost.num_scored += stats.num_scored
         self.cost.num_retrieved += stats.num_retrieved if self.bits else stats.num_visible
         self.cost.bytes_read += stats.bytes_read
-        return out, lse
+        return self.out, self.lse
 
     def step(self, queries: Tensor) -> Tensor:
-        return self.attend(queries, self.everything)[0]
+        self.attend(queries, self.everything)
+        return self.out
 
     @property
     def nbytes(self) -> int:
