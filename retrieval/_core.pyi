@@ -52,9 +52,11 @@ class LayerCodes:
         seed: int = 0,
         key_stretch: Tensor | None = None,
         query_stretch: Tensor | None = None,
+        shapes: list[tuple[int, int]] | None = None,
     ) -> None:
         """Stretches, float32 `[num_kv_heads, head_dim, head_dim]`, each the other's inverse transposed, are applied to
-        keys and queries before they are rotated; see retrieval.balance."""
+        keys and queries before they are rotated; of the stretched coordinates the first ones of each head are encoded
+        as its shape (dims, bits) says, no larger than head_dim and bits are. See retrieval.balance."""
 
     def append(self, keys: Tensor) -> None:
         """keys `[num_kv_heads, num_new, head_dim]`, CPU, bf16, fp16 or fp32, dense rows. All are added or none."""
@@ -67,6 +69,8 @@ class LayerCodes:
     def bits(self) -> int: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def shapes(self) -> list[tuple[int, int]]: ...
     @property
     def num_keys(self) -> int:
         """Keys per head."""

@@ -78,10 +78,8 @@ class CodesMaker:
         if known is not None:
             codes = self.core.LayerCodes.load(known.save())
         else:
-            stretches = None if queries is None else balance(kv.read_keys(layer_idx, 0, end), queries.cpu())
-            codes = self.core.LayerCodes(
-                geometry.num_kv_heads, geometry.head_dim, self.bits, self.seed, *(stretches or ())
-            )
+            maps = None if queries is None else balance(kv.read_keys(layer_idx, 0, end), queries.cpu(), self.bits)
+            codes = self.core.LayerCodes(geometry.num_kv_heads, geometry.head_dim, self.bits, self.seed, *(maps or ()))
         self.extend(codes, kv, layer_idx, end)
         return codes
 

@@ -1,13 +1,16 @@
 // The Python face of the core: checks shapes, releases the GIL, calls. No algorithm lives here.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -100,15 +103,23 @@ std::vector<Rows> head_rows(const Array& array, const char* name, const LayerCod
 
 std::shared_ptr<LayerCodes> make_codes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed,
                                        const std::optional<Floats>& key_stretch,
-                                       const std::optional<Floats>& query_stretch) {
+                                       const std::optional<Floats>& query_stretch,
+                                       const std::optional<std::vector<std::pair<int, int>>>& shapes) {
   require(key_stretch.has_value() == query_stretch.has_value(), "key_stretch and query_stretch come together");
+  require(key_stretch || !shapes, "shapes come with stretches");
   if (!key_stretch) return std::make_shared<LayerCodes>(num_kv_heads, head_dim, bits, seed);
   const auto heads = static_cast<std::size_t>(num_kv_heads), width = static_cast<std::size_t>(head_dim);
   for (const Floats* stretch : {&*key_stretch, &*query_stretch}) {
     require(stretch->ndim() == 3 && stretch->shape(0) == heads && stretch->shape(1) == width && stretch->shape(2) == width,
             "a stretch must be [num_kv_heads, head_dim, head_dim]");
   }
-  return std::make_shared<LayerCodes>(num_kv_heads, head_dim, bits, seed, key_stretch->data(), query_stretch->data());
+  std::vector<CodeShape> of_heads(heads, CodeShape{head_dim, bits});
+  if (shapes) {
+    of_heads.clear();
+    for (const auto& [dims, each] : *shapes) of_heads.push_back({dims, each});
+  }
+  return std::make_shared<LayerCodes>(num_kv_heads, head_dim, bits, seed, key_stretch->data(), query_stretch->data(),
+                                      of_heads);
 }
 
 void append_keys(LayerCodes& codes, const Array& keys) {
@@ -133,12 +144,18 @@ NB_MODULE(_core, m) {
 
   nb::class_<LayerCodes>(m, "LayerCodes")
       .def(nb::new_(&make_codes), "num_kv_heads"_a, "head_dim"_a, "bits"_a = 2, "seed"_a = 0,
-           "key_stretch"_a.noconvert().none() = nb::none(), "query_stretch"_a.noconvert().none() = nb::none())
+           "key_stretch"_a.noconvert().none() = nb::none(), "query_stretch"_a.noconvert().none() = nb::none(),
+           "shapes"_a.none() = nb::none())
       .def("append", &append_keys, "keys"_a.noconvert())
       .def_prop_ro("num_kv_heads", &LayerCodes::num_kv_heads)
       .def_prop_ro("head_dim", &LayerCodes::head_dim)
       .def_prop_ro("bits", &LayerCodes::bits)
       .def_prop_ro("seed", &LayerCodes::seed)
+      .def_prop_ro("shapes", [](const LayerCodes& codes) {
+        std::vector<std::pair<int, int>> shapes;
+        for (int h = 0; h < codes.num_kv_heads(); ++h) shapes.emplace_back(codes.head(h).shape.dims, codes.head(h).shape.bits);
+        return shapes;
+      })
       .def_prop_ro("num_keys", &LayerCodes::num_keys)
       .def_prop_ro("nbytes", &LayerCodes::nbytes)
       .def_static("most_bytes", &LayerCodes::most_bytes, "num_kv_heads"_a, "head_dim"_a, "bits"_a, "num_keys"_a,

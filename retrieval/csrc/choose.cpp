@@ -70,13 +70,12 @@ void set_group_floors(Unit& unit, float scale) {
 
 void score_means(Unit& unit, const Task& task) {
   Scan& scan = unit.scans[task.run];
-  const int head_dim = unit.queries.head_dim;
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeGroups& means = scan.chunk(c).means;
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     const CodeReading& reading = scan.query.means;
-    kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, head_dim, reading.shift,
-                   reinterpret_cast<const std::uint8_t*>(means.planes), means.bits, 1u, means.factors,
+    kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, means.shape.dims, reading.shift,
+                   reinterpret_cast<const std::uint8_t*>(means.planes), means.shape.bits, 1u, means.factors,
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) {
       const std::int16_t crest = tops[h * kBlocksPerChunk];
@@ -122,7 +121,7 @@ void choose_first(Unit& unit) {
   }
   const auto choose = [&](const Scan& scan, std::int64_t c, int g) {
     scan.chosen[c] |= 1u << g;
-    fetch(scan.chunk(c).keys, g, unit.queries.head_dim);
+    fetch(scan.chunk(c).keys, g);
   };
   for_sample_groups(unit, choose);
   for (int h = 0; h < unit.queries.num; ++h) {

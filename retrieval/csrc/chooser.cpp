@@ -138,12 +138,12 @@ int Chooser::choose_and_fetch(std::int64_t c) {
   if (c + 1 < scan_.num_chunks) fetch(scan_.chunk(c + 1));
   const int num_chosen = choose(c);
   if (num_chosen > kChunkGroups / 2) return num_chosen;  // read in order, or nearly so
-  for_each_bit(scan_.chosen[c], [&](int g) { fetch(scan_.chunk(c).keys, g, unit_.queries.head_dim); });
+  for_each_bit(scan_.chosen[c], [&](int g) { fetch(scan_.chunk(c).keys, g); });
   return num_chosen;
 }
 
-void fetch(const CodeGroups& groups, int g, int head_dim) {
-  const int size = groups.bits * plane_bytes(head_dim);
+void fetch(const CodeGroups& groups, int g) {
+  const int size = groups.group_planes();
   for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.planes + g * size + at, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);

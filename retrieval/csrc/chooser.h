@@ -65,6 +65,6 @@ class Chooser {
 };
 
 // Sends for the codes of a group, which will be scanned soon.
-void fetch(const CodeGroups& groups, int g, int head_dim);
+void fetch(const CodeGroups& groups, int g);
 
 }  // namespace retrieval

@@ -11,19 +11,21 @@ namespace retrieval {
 
 CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations) {
   const int dims = codes.head_dim();
-  const int num_tables = dims / 4;
+  const HeadCodes& held = codes.head(head);
+  const int num_coded = held.shape.dims, num_tables = num_coded / 4;
   CodeQuery out;
   out.tables.resize(static_cast<std::size_t>(queries.num * num_tables) * 16);
-  float steps[kMaxGroup], lowest[kMaxGroup] = {}, total[kMaxGroup] = {};
+  float steps[kMaxGroup], lowest[kMaxGroup] = {}, total[kMaxGroup] = {}, coded_norm[kMaxGroup];
   float mapped[kMaxGroup * kMaxHeadDim];
   apply_map(codes.query_map(head), queries.values, queries.num, dims, mapped);
-  out.radius = own_radius(codes.head(head), dims);
-  own_deviations(codes.head(head), mapped, queries.num, dims, out.own);
+  out.radius = own_radius(held, dims);
+  own_deviations(held, mapped, queries.num, dims, out.own);
   for (int h = 0; h < queries.num; ++h) {
     const float* rotated = mapped + h * dims;
     const float* query = queries.values + h * dims;
-    out.base[h] = std::inner_product(query, query + dims, codes.head(head).centroid.data(), 0.0f);
+    out.base[h] = std::inner_product(query, query + dims, held.centroid.data(), 0.0f);
     out.norm[h] = std::sqrt(std::inner_product(rotated, rotated + dims, rotated, 0.0f));
+    coded_norm[h] = std::sqrt(std::inner_product(rotated, rotated + num_coded, rotated, 0.0f));
     float range = 0.0f;
     for (int s = 0; s < num_tables; ++s) {
       float piece = 0.0f;
@@ -49,7 +51,8 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
     }
   }
   for (CodeReading* reading : {&out.keys, &out.means}) {
-    const int bits = reading == &out.keys ? codes.bits() : kMeanBits;
+    const bool is_of_keys = reading == &out.keys;
+    const int bits = is_of_keys ? held.shape.bits : held.shape.of_means().bits;
     const auto top_code = static_cast<float>((1 << bits) - 1);
     const float planes = top_code * (top_code + 2.0f) / 3.0f;  // sum of 4^p
     const float most = static_cast<float>(num_tables * kTableLevels) * top_code;
@@ -60,8 +63,11 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
       // <u, q'> = 2 step * sum + least; rounding the tables adds a deviation of its own, plane by plane.
       const float least = top_code * (2.0f * lowest[h] - total[h]);
       const float rounding = 2.0f * steps[h] * std::sqrt(static_cast<float>(num_tables) / 12.0f * planes);
-      const float reach = (reading == &out.keys ? deviations : 0.0f) * std::hypot(kLargeError * out.norm[h], rounding);
-      reading->deviation[h] = std::hypot(kMeanError * out.norm[h], rounding);
+      const float left_out = uncoded_deviation(is_of_keys ? held.keys : held.means, mapped + h * dims + num_coded,
+                                               dims - num_coded);
+      const float beside = std::hypot(rounding, left_out);
+      const float reach = (is_of_keys ? deviations : 0.0f) * std::hypot(kLargeError * coded_norm[h], beside);
+      reading->deviation[h] = std::hypot(kMeanError * coded_norm[h], beside);
       reading->slope[h] = 2.0f * steps[h];
       // A bound beyond 16 bits is cut; only deviations of hundreds lead there.
       offsets[h] = std::clamp(std::ceil((least + reach) / reading->slope[h]), -32767.0f, 32767.0f - most);

@@ -20,7 +20,7 @@ struct CodeReading {
 
 // A group's queries against the codes of one head: what scans and weights need.
 struct CodeQuery {
-  std::vector<std::uint8_t> tables;  // [num][head_dim / 4][16]
+  std::vector<std::uint8_t> tables;  // [num][dims / 4][16]
   CodeReading keys;                  // as bounds
   CodeReading means;                 // as estimates
   float base[kMaxGroup] = {};        // <q, centroid>

@@ -17,7 +17,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '7'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '8'};
 constexpr std::int16_t kLeastLargest = 4096;  // largest factor of a chunk, below which its unit is too coarse for the next
 constexpr std::size_t kMeansTogether = 8;  // chunks
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
@@ -59,35 +59,47 @@ Pages::~Pages() {
 
 // Codes of new keys before they are interleaved.
 struct LayerCodes::Encoded {
-  std::vector<std::uint8_t> codes;  // [count][head_dim]
+  std::vector<std::uint8_t> codes;  // [count][shape.dims]
   std::vector<float> factors;
   RunSummaries runs;                // that the new keys fill
   std::vector<float> pending;       // HeadCodes::pending afterwards
 
-  Encoded(std::int64_t count, std::int64_t num_runs, int head_dim)
-      : codes(static_cast<std::size_t>(count * head_dim)), factors(static_cast<std::size_t>(count)),
-        runs(num_runs, head_dim) {}
+  Encoded(std::int64_t count, std::int64_t num_runs, int head_dim, CodeShape shape)
+      : codes(static_cast<std::size_t>(count * shape.dims)), factors(static_cast<std::size_t>(count)),
+        runs(num_runs, head_dim, shape) {}
 };
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed)
     : num_kv_heads_(num_kv_heads), head_dim_(head_dim), bits_(bits), seed_(seed) {
   check_shape(num_kv_heads, head_dim, bits);
   heads_.resize(static_cast<std::size_t>(num_kv_heads));
+  for (HeadCodes& head : heads_) head.shape = {head_dim, bits};
   maps_ = shared_rotation(head_dim, seed);
 }
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed, const float* key_stretch,
-                       const float* query_stretch)
+                       const float* query_stretch, const std::vector<CodeShape>& shapes)
     : LayerCodes(num_kv_heads, head_dim, bits, seed) {
-  const Rotation rotation(head_dim, seed);
+  if (shapes.size() != heads_.size()) throw std::invalid_argument("need a shape for each head");
   std::vector<float> maps(2 * heads_.size() * matrix_size());
   for (std::size_t h = 0; h < heads_.size(); ++h) {
     const float *keys = key_stretch + h * matrix_size(), *queries = query_stretch + h * matrix_size();
     if (!are_dual(keys, queries, head_dim)) throw std::invalid_argument("stretches are not each other's inverse transposed");
-    rotation.multiply(keys, maps.data() + 2 * h * matrix_size());
-    rotation.multiply(queries, maps.data() + (2 * h + 1) * matrix_size());
+    set_shape(heads_[h], shapes[h]);
+    const Rotation rotation(shapes[h].dims, seed);
+    rotation.multiply(keys, head_dim, maps.data() + 2 * h * matrix_size());
+    rotation.multiply(queries, head_dim, maps.data() + (2 * h + 1) * matrix_size());
   }
   maps_ = std::make_shared<const std::vector<float>>(std::move(maps));
+}
+
+void LayerCodes::set_shape(HeadCodes& head, CodeShape shape) {
+  check_shape(1, shape.dims, shape.bits);
+  if (shape.dims > head_dim_ || shape.dims * shape.bits > head_dim_ * bits_) {
+    throw std::invalid_argument("codes of " + std::to_string(shape.dims) + " dimensions and " +
+                                std::to_string(shape.bits) + " bits are too large");
+  }
+  head.shape = shape;
 }
 
 std::int64_t LayerCodes::num_keys() const {
@@ -102,7 +114,8 @@ std::int64_t LayerCodes::nbytes() const {
     for (const Pages& pages : *kind) total += static_cast<std::int64_t>(pages.bytes());
   }
   for (const HeadCodes& head : heads_) {
-    const std::size_t num_floats = head.centroid.size() + head.pending.size() + head.scatter.size();
+    const std::size_t num_floats = head.centroid.size() + head.pending.size() + head.scatter.size() +
+                                   head.keys.moment.size() + head.means.moment.size();
     total += static_cast<std::int64_t>(num_floats * sizeof(float) + head.chunks.size() * sizeof(CodeChunk));
   }
   return total;
@@ -112,15 +125,18 @@ std::int64_t LayerCodes::most_bytes(int num_kv_heads, int head_dim, int bits, st
   check_shape(num_kv_heads, head_dim, bits);
   const auto heads = static_cast<double>(num_kv_heads), dims = static_cast<double>(head_dim);
   const auto page = static_cast<double>(sysconf(_SC_PAGESIZE));
-  const auto bytes_of = [&](int num_groups, int each) {
+  const auto bytes_of = [&](int num_groups, CodeShape shape) {
     CodeGroups groups;
     groups.num_groups = num_groups;
-    groups.bits = each;
-    return heads * static_cast<double>(groups.nbytes(head_dim));
+    groups.shape = shape;
+    return heads * static_cast<double>(groups.nbytes());
   };
-  const double keys = bytes_of(kChunkGroups, bits) + page, means = bytes_of(1, kMeanBits) + page / kMeansTogether;
+  const CodeShape whole{head_dim, bits};
+  const double keys = bytes_of(kChunkGroups, whole) + page;
+  const double means = bytes_of(1, whole.of_means()) + page / kMeansTogether;
   const double chunk = keys + means + heads * sizeof(CodeChunk);
-  const double fixed = heads * sizeof(float) * (dims * (1.0 + kRunKeys) + (is_stretched ? 3.0 : 1.0) * dims * dims);
+  // Maps and the two moments of what is not coded are a stretched head's.
+  const double fixed = heads * sizeof(float) * (dims * (1.0 + kRunKeys) + (is_stretched ? 5.0 : 1.0) * dims * dims);
   // The last chunk may hold one key, and so may the last pages of means.
   return static_cast<std::int64_t>(fixed + kMeansTogether * means + (static_cast<double>(num_keys) / kChunkKeys + 1.0) * chunk);
 }
@@ -129,6 +145,7 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
                         std::int64_t count, Encoded& out) const {
   constexpr int kTogether = 4;
   const auto dims = static_cast<std::size_t>(head_dim_);
+  const CodeShape shape = heads_[static_cast<std::size_t>(head)].shape;
   float centred[kTogether * kMaxHeadDim], mapped[kTogether * kMaxHeadDim], run[kRunKeys * kMaxHeadDim];
   const std::vector<float>& pending = heads_[static_cast<std::size_t>(head)].pending;
   // Only the first keys can continue a run.
@@ -142,8 +159,8 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
     }
     apply_map(key_map(head), centred, num, head_dim_, mapped);
     for (int t = 0; t < num; ++t) {
-      std::uint8_t* code = out.codes.data() + static_cast<std::size_t>(i + t) * dims;
-      out.factors[static_cast<std::size_t>(i + t)] = nearest_code(mapped + t * head_dim_, head_dim_, bits_, code);
+      std::uint8_t* code = out.codes.data() + (i + t) * shape.dims;
+      out.factors[static_cast<std::size_t>(i + t)] = nearest_code(mapped + t * head_dim_, shape, code);
       const std::int64_t position = num_keys_ + i + t;
       std::copy_n(mapped + t * head_dim_, dims, run + position % kRunKeys * head_dim_);
       const std::int64_t number = position / kRunKeys;
@@ -160,16 +177,21 @@ void LayerCodes::add_chunk(HeadCodes& head) {
   const std::size_t at = head.chunks.size();
   CodeChunk& chunk = head.chunks.emplace_back();
   chunk.keys.num_groups = kChunkGroups;
-  chunk.keys.bits = bits_;
+  chunk.keys.shape = head.shape;
   chunk.means.num_groups = 1;
-  chunk.means.bits = kMeanBits;
+  chunk.means.shape = head.shape.of_means();
   // Means of some chunks lie together, since a search reads them in a row.
-  const auto number = static_cast<std::size_t>(&head - heads_.data());
   const auto place = [&](CodeGroups& groups, std::vector<Pages>& pages, std::size_t together) {
-    const std::size_t each = groups.nbytes(head_dim_);
-    if (at / together == pages.size()) pages.emplace_back(heads_.size() * together * each);
-    groups.planes = pages[at / together].data() + (number * together + at % together) * each;
-    groups.factors = reinterpret_cast<std::int16_t*>(groups.planes + groups.plane_total(head_dim_));
+    std::size_t before = 0, total = 0;  // bytes of a chunk of the heads before, and of all
+    for (const HeadCodes& each : heads_) {
+      CodeGroups like = groups;
+      like.shape = &groups == &chunk.keys ? each.shape : each.shape.of_means();
+      before += &each < &head ? like.nbytes() : 0;
+      total += like.nbytes();
+    }
+    if (at / together == pages.size()) pages.emplace_back(together * total);
+    groups.planes = pages[at / together].data() + together * before + at % together * groups.nbytes();
+    groups.factors = reinterpret_cast<std::int16_t*>(groups.planes + groups.plane_total());
   };
   place(chunk.keys, key_pages_, 1);
   place(chunk.means, mean_pages_, kMeansTogether);
@@ -180,12 +202,12 @@ void CodeGroups::follow(const CodeGroups& before) {
   unit = largest >= kLeastLargest ? before.unit : 1.25f * before.unit * static_cast<float>(largest) / 32768.0f;
 }
 
-void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_dim) {
-  for (int p = 0; p < bits; ++p) {
+void CodeGroups::put(int slot, const std::uint8_t* code, float factor) {
+  for (int p = 0; p < shape.bits; ++p) {
     auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
-                  (slot / kGroupKeys * bits + p) * plane_bytes(head_dim) + slot % kGroupKeys;
-    const int shift = bits - 1 - p;
-    for (int s = 0; s < head_dim / 8; ++s) {
+                  (slot / kGroupKeys * shape.bits + p) * plane_bytes(shape.dims) + slot % kGroupKeys;
+    const int shift = shape.bits - 1 - p;
+    for (int s = 0; s < shape.dims / 8; ++s) {
       unsigned packed = 0;
       for (int b = 0; b < 8; ++b) packed |= ((code[s * 8 + b] >> shift) & 1u) << b;
       plane[s * kGroupKeys] = static_cast<std::uint8_t>(packed);
@@ -202,20 +224,21 @@ void CodeGroups::put(int slot, const std::uint8_t* code, float factor, int head_
   factors[slot] = static_cast<std::int16_t>(unit > 0.0f ? factor / unit * 32768.0f + 0.5f : 0.0f);
 }
 
-float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code) {
+float nearest_code(const float* r, CodeShape shape, std::uint8_t* code) {
+  const auto [dims, bits] = shape;
   const int levels = 1 << bits;
   const float middle = 0.5f * static_cast<float>(levels - 1);
-  const float norm_squared = std::inner_product(r, r + head_dim, r, 0.0f);
-  const float norm = std::sqrt(norm_squared), root = std::sqrt(static_cast<float>(head_dim));
+  const float norm_squared = std::inner_product(r, r + dims, r, 0.0f);
+  const float norm = std::sqrt(norm_squared), root = std::sqrt(static_cast<float>(dims));
   const float inverse_step = norm > 0.0f ? root / (norm * kGridStep[bits]) : 0.0f;
   float along = 0.0f;  // <u, r>
   int found[kMaxHeadDim];
-  for (int j = 0; j < head_dim; ++j) {
+  for (int j = 0; j < dims; ++j) {
     // Truncation of a nonnegative number is its floor; a code at or above the middle has a positive sign bit.
     const float shifted = std::max(0.0f, r[j] * inverse_step + 0.5f * static_cast<float>(levels));
     found[j] = static_cast<int>(std::min(shifted, static_cast<float>(levels - 1)));
   }
-  for (int j = 0; j < head_dim; ++j) {
+  for (int j = 0; j < dims; ++j) {
     along += 2.0f * (static_cast<float>(found[j]) - middle) * r[j];
     code[j] = static_cast<std::uint8_t>(found[j]);
   }
@@ -228,8 +251,8 @@ void LayerCodes::splice(HeadCodes& head, const Encoded& keys, std::int64_t num_n
     const auto at = static_cast<std::size_t>(position / kChunkKeys);
     CodeChunk& chunk = head.chunks[at];
     if (at > 0 && position % kChunkKeys == 0) chunk.keys.follow(head.chunks[at - 1].keys);
-    chunk.keys.put(static_cast<int>(position % kChunkKeys), keys.codes.data() + i * head_dim_,
-                   keys.factors[static_cast<std::size_t>(i)], head_dim_);
+    chunk.keys.put(static_cast<int>(position % kChunkKeys), keys.codes.data() + i * head.shape.dims,
+                   keys.factors[static_cast<std::size_t>(i)]);
   }
   keys.runs.add_to(head, num_keys_ / kRunKeys);
   head.pending = keys.pending;
@@ -243,7 +266,7 @@ void LayerCodes::append(const std::vector<Rows>& heads, std::int64_t num_new, Th
   std::vector<Encoded> encoded;
   encoded.reserve(num_heads);
   for (std::size_t h = 0; h < num_heads; ++h) {
-    encoded.emplace_back(num_new, (num_keys_ + num_new) / kRunKeys - num_keys_ / kRunKeys, head_dim_);
+    encoded.emplace_back(num_new, (num_keys_ + num_new) / kRunKeys - num_keys_ / kRunKeys, head_dim_, heads_[h].shape);
   }
   pool.run(num_kv_heads_, [&](std::int64_t h) {
     const auto at = static_cast<std::size_t>(h);
@@ -288,16 +311,21 @@ std::string LayerCodes::save() const {
                                   is_stretched()};
   put(header, sizeof(header));
   if (is_stretched()) put(maps_->data(), maps_->size() * sizeof(float));
+  for (const HeadCodes& head : heads_) put(&head.shape, sizeof(head.shape));
   for (const HeadCodes& head : heads_) {
     if (num_keys_ > 0) {
       put(head.centroid.data(), head.centroid.size() * sizeof(float));
       put(head.pending.data(), head.pending.size() * sizeof(float));
       put(&head.num_scattered, sizeof(head.num_scattered));
       put(head.scatter.data(), head.scatter.size() * sizeof(float));
+      for (const Uncoded* uncoded : {&head.keys, &head.means}) {
+        put(uncoded->moment.data(), uncoded->moment.size() * sizeof(float));
+        put(&uncoded->factors, sizeof(uncoded->factors));
+      }
     }
     for (const CodeChunk& chunk : head.chunks) {
       for (const CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        put(groups->planes, groups->nbytes(head_dim_));
+        put(groups->planes, groups->nbytes());
         put(&groups->unit, sizeof(float));
       }
       put(chunk.radii, sizeof(chunk.radii));
@@ -333,6 +361,9 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     codes->maps_ = std::make_shared<const std::vector<float>>(std::move(maps));
   }
   const std::int64_t num_chunks = (header[4] + kChunkKeys - 1) / kChunkKeys;
+  std::vector<CodeShape> shapes(codes->heads_.size());
+  take(shapes.data(), shapes.size() * sizeof(CodeShape));
+  for (std::size_t h = 0; h < shapes.size(); ++h) codes->set_shape(codes->heads_[h], shapes[h]);
   for (HeadCodes& head : codes->heads_) {
     if (header[4] == 0) break;
     head.centroid.resize(static_cast<std::size_t>(codes->head_dim_));
@@ -343,14 +374,20 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
     if (head.num_scattered != header[4] / kRunKeys) throw std::invalid_argument("damaged codes");
     head.scatter.resize(head.num_scattered > 0 ? codes->matrix_size() : 0);
     take(head.scatter.data(), head.scatter.size() * sizeof(float));
+    const auto num_uncoded = static_cast<std::size_t>(codes->head_dim_ - head.shape.dims);
+    for (Uncoded* uncoded : {&head.keys, &head.means}) {
+      uncoded->moment.resize(head.num_scattered > 0 ? num_uncoded * num_uncoded : 0);
+      take(uncoded->moment.data(), uncoded->moment.size() * sizeof(float));
+      take(&uncoded->factors, sizeof(uncoded->factors));
+    }
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      if (size - at < static_cast<std::size_t>(codes->bits_ * kChunkGroups * plane_bytes(codes->head_dim_))) {
+      if (size - at < static_cast<std::size_t>(head.shape.bits * kChunkGroups * plane_bytes(head.shape.dims))) {
         throw std::invalid_argument("truncated codes");
       }
       codes->add_chunk(head);
       CodeChunk& chunk = head.chunks.back();
       for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        take(groups->planes, groups->nbytes(codes->head_dim_));
+        take(groups->planes, groups->nbytes());
         take(&groups->unit, sizeof(float));
       }
       take(chunk.radii, sizeof(chunk.radii));

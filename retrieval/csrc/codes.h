@@ -9,9 +9,12 @@
 // for; the rotation is a Hadamard one; all bits are scanned at once, since estimating by the sign bit first and
 // by all bits where that does not decide costs more whenever more than one key in a hundred is undecided; and
 // before the rotation, keys may be stretched by a matrix M and queries by its inverse transposed, which changes no
-// inner product, but where it balances keys that are wide with queries that are narrow, |q| |r| and so the error.
+// inner product, but where it balances keys that are wide with queries that are narrow, |q| |r| and so the error; and
+// of the stretched coordinates only the first ones of a head may be kept, where the others hardly add to a product:
+// what they do add deviates as their second moment over the keys tells, and widens the bound.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -30,7 +33,13 @@ inline constexpr int kRunKeys = 32;  // neighbours whose mean is kept
 inline constexpr int kChunkRuns = kChunkKeys / kRunKeys;
 inline constexpr float kRadiusSteps = 32000.0f;  // of the largest radius of a run in a chunk
 inline constexpr int kMaxBits = 4;
-inline constexpr int kMeanBits = 3;  // of means, whose errors all keys of a run share
+
+// Coordinates of a head's keys that codes keep, and bits for each.
+struct CodeShape {
+  int dims = 0, bits = 0;
+  // That of means, whose errors all keys of a run share.
+  CodeShape of_means() const { return {dims, std::min(kMaxBits, std::max(3, bits + 1))}; }
+};
 
 // Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
 // between what lives for a call.
@@ -50,20 +59,21 @@ class Pages {
 
 // Codes of some groups of keys: what scan reads.
 struct CodeGroups {
-  std::byte* planes = nullptr;        // [num_groups][bits][plane_bytes]
+  std::byte* planes = nullptr;        // [num_groups][shape.bits][plane_bytes]
   std::int16_t* factors = nullptr;    // [num_groups * kGroupKeys], f in units of unit / 2^15
   float unit = 0.0f;                  // above every f in here
-  int num_groups = 0, bits = 0;
+  int num_groups = 0;
+  CodeShape shape;
 
   std::size_t num_factors() const { return static_cast<std::size_t>(num_groups * kGroupKeys); }
-  std::size_t plane_total(int head_dim) const {
-    return static_cast<std::size_t>(num_groups * bits * plane_bytes(head_dim));
-  }
-  std::size_t nbytes(int head_dim) const { return plane_total(head_dim) + num_factors() * sizeof(std::int16_t); }
+  std::size_t plane_total() const { return static_cast<std::size_t>(num_groups * group_planes()); }
+  std::size_t nbytes() const { return plane_total() + num_factors() * sizeof(std::int16_t); }
+  // Bytes of one group's planes.
+  int group_planes() const { return shape.bits * plane_bytes(shape.dims); }
   // Begins with the unit of the groups before, unless a smaller one will do: what is made of it serves for both.
   void follow(const CodeGroups& before);
-  // Puts a code [head_dim] into a slot; slots are filled in order.
-  void put(int slot, const std::uint8_t* code, float factor, int head_dim);
+  // Puts a code [shape.dims] into a slot; slots are filled in order.
+  void put(int slot, const std::uint8_t* code, float factor);
 };
 
 // 2048 keys of one head, and what each full run of 32 of them has in common (summary.h).
@@ -74,27 +84,37 @@ struct CodeChunk {
   std::uint64_t full_runs = 0;    // bit r: run r is full, and its mean and radius are known
 };
 
+// What coordinates without a code add to a product, next to those with one: of some vectors, sums of the second moments
+// of the former and of the squared factors.
+struct Uncoded {
+  std::vector<float> moment;  // [head_dim - dims][head_dim - dims]
+  double factors = 0.0;
+};
+
 // Codes of one head; read under LayerCodes' lock.
 struct HeadCodes {
+  CodeShape shape;
   std::vector<float> centroid;     // [head_dim]
   std::vector<CodeChunk> chunks;   // their arrays are the layer's
   std::vector<float> pending;      // [num_keys % kRunKeys][head_dim]: keys of the run that is not yet full, as encoded
   std::vector<float> scatter;      // [head_dim][head_dim]: covariance of keys round the means of their runs, as a sum
   std::int64_t num_scattered = 0;  // over so many keys
+  Uncoded keys, means;             // of the same keys, and of the runs' means
 };
 
 class LayerCodes {
  public:
   // Throws std::invalid_argument unless head_dim is a multiple of 8 up to kMaxHeadDim and bits 1..4.
   LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed);
-  // key_stretch, query_stretch: [num_kv_heads][head_dim][head_dim], M and its inverse transposed.
-  // Throws std::invalid_argument unless they are that to each other.
+  // key_stretch, query_stretch: [num_kv_heads][head_dim][head_dim], M and its inverse transposed; shapes: of each head.
+  // Throws std::invalid_argument unless the stretches are that to each other, dims are multiples of 8 up to head_dim
+  // and codes no larger than those of head_dim and bits.
   LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed, const float* key_stretch,
-             const float* query_stretch);
+             const float* query_stretch, const std::vector<CodeShape>& shapes);
 
   int num_kv_heads() const { return num_kv_heads_; }
   int head_dim() const { return head_dim_; }
-  int bits() const { return bits_; }
+  int bits() const { return bits_; }  // of a head whose codes keep all coordinates
   std::uint64_t seed() const { return seed_; }
   std::int64_t num_keys() const;
   std::int64_t nbytes() const;
@@ -129,6 +149,8 @@ class LayerCodes {
   void add_chunk(HeadCodes& head);
   std::size_t matrix_size() const { return static_cast<std::size_t>(head_dim_) * static_cast<std::size_t>(head_dim_); }
 
+  void set_shape(HeadCodes& head, CodeShape shape);
+
   int num_kv_heads_, head_dim_, bits_;
   std::uint64_t seed_;
   // The rotation of all heads, shared by all layers; or for each head the map of its keys and that of its queries.
@@ -141,7 +163,7 @@ class LayerCodes {
   mutable std::shared_mutex mutex_;
 };
 
-// Nearest code [head_dim] to r, a centred and rotated key, and its factor f; 0 if r is zero.
-float nearest_code(const float* r, int head_dim, int bits, std::uint8_t* code);
+// Nearest code [shape.dims] to r, the coordinates kept of a centred and rotated key, and its factor f; 0 if r is zero.
+float nearest_code(const float* r, CodeShape shape, std::uint8_t* code);
 
 }  // namespace retrieval

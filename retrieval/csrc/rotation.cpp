@@ -37,23 +37,23 @@ void hadamard(float* x, int n) {
 
 }  // namespace
 
-Rotation::Rotation(int head_dim, std::uint64_t seed) : head_dim_(head_dim), span_(1) {
-  while (span_ * 2 <= head_dim) span_ *= 2;
+Rotation::Rotation(int dims, std::uint64_t seed) : dims_(dims), span_(1) {
+  while (span_ * 2 <= dims) span_ *= 2;
   std::uint64_t state = seed;
-  signs_.resize(static_cast<std::size_t>(kRounds * head_dim));
+  signs_.resize(static_cast<std::size_t>(kRounds * dims));
   for (float& sign : signs_) sign = next_random(state) >> 63 ? 1.0f : -1.0f;
 }
 
 void Rotation::apply(float* vector) const {
   for (int round = 0; round < kRounds; ++round) {
-    const float* signs = signs_.data() + round * head_dim_;
-    for (int j = 0; j < head_dim_; ++j) vector[j] *= signs[j];
-    hadamard(vector + (round % 2 == 0 ? 0 : head_dim_ - span_), span_);
+    const float* signs = signs_.data() + round * dims_;
+    for (int j = 0; j < dims_; ++j) vector[j] *= signs[j];
+    hadamard(vector + (round % 2 == 0 ? 0 : dims_ - span_), span_);
   }
 }
 
-void Rotation::multiply(const float* matrix, float* out) const {
-  const auto d = static_cast<std::size_t>(head_dim_);
+void Rotation::multiply(const float* matrix, int width, float* out) const {
+  const auto d = static_cast<std::size_t>(width);
   std::vector<float> column(d);
   for (std::size_t j = 0; j < d; ++j) {
     for (std::size_t i = 0; i < d; ++i) column[i] = matrix != nullptr ? matrix[i * d + j] : (i == j ? 1.0f : 0.0f);
@@ -70,7 +70,7 @@ std::shared_ptr<const std::vector<float>> shared_rotation(int head_dim, std::uin
   std::shared_ptr<const std::vector<float>> matrix = held.lock();
   if (!matrix) {
     std::vector<float> made(static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(head_dim));
-    Rotation(head_dim, seed).multiply(nullptr, made.data());
+    Rotation(head_dim, seed).multiply(nullptr, head_dim, made.data());
     held = matrix = std::make_shared<const std::vector<float>>(std::move(made));
   }
   return matrix;

@@ -10,15 +10,15 @@ namespace retrieval {
 // A random orthogonal matrix R: sign flips and Hadamard transforms over the first and the last power of two.
 class Rotation {
  public:
-  Rotation(int head_dim, std::uint64_t seed);
+  Rotation(int dims, std::uint64_t seed);
   void apply(float* vector) const;
-  // R times a matrix [head_dim][head_dim], or R itself for none.
-  void multiply(const float* matrix, float* out) const;
+  // A matrix [width][width], or the identity for none, with its first `dims` rows multiplied by R.
+  void multiply(const float* matrix, int width, float* out) const;
 
  private:
-  int head_dim_;
-  int span_;                  // largest power of two <= head_dim
-  std::vector<float> signs_;  // [rounds][head_dim]
+  int dims_;
+  int span_;                  // largest power of two <= dims
+  std::vector<float> signs_;  // [rounds][dims]
 };
 
 // The matrix R, one copy for as long as anybody holds it.

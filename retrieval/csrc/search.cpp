@@ -94,9 +94,9 @@ void Job::scan_chunks(const Task& task) {
 void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& out) {
   if (scan.chosen[c] == 0) return;
   const CodeGroups& keys = scan.chunk(c).keys;
-  kernels().scan(scan.query.tables.data(), scan.query.keys.offsets, unit.queries.num, unit.queries.head_dim,
-                 scan.query.keys.shift, reinterpret_cast<const std::uint8_t*>(keys.planes), keys.bits, scan.chosen[c],
-                 keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
+  kernels().scan(scan.query.tables.data(), scan.query.keys.offsets, unit.queries.num, keys.shape.dims,
+                 scan.query.keys.shift, reinterpret_cast<const std::uint8_t*>(keys.planes), keys.shape.bits,
+                 scan.chosen[c], keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
 }
 
 std::int64_t Job::refine_chunks(const Task& task) {
@@ -118,9 +118,9 @@ void Job::count_codes() {
       std::int64_t num_groups = 0;
       for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
       if (scan.num_chunks == 0) continue;
-      const auto bytes_of = [&](int bits) { return kGroupKeys * (bits * scan.part->head_dim / 8 + 2); };
-      stats_.bytes_read += num_groups * bytes_of(scan.part->codes->bits());
-      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * bytes_of(kMeanBits);
+      const CodeChunk& like = scan.chunk(0);
+      stats_.bytes_read += num_groups * static_cast<std::int64_t>(like.keys.nbytes()) / kChunkGroups;
+      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * static_cast<std::int64_t>(like.means.nbytes());
     }
   }
 }

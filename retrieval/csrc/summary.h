@@ -16,7 +16,7 @@ namespace retrieval {
 // Full runs on their way into the codes of a head.
 class RunSummaries {
  public:
-  RunSummaries(std::int64_t num_runs, int head_dim);
+  RunSummaries(std::int64_t num_runs, int head_dim, CodeShape shape);
   // Summarizes run `at` from its keys [kRunKeys][head_dim], as encoded; number: its place among all runs of the head.
   // Runs may be filled in any order, and at the same time.
   void fill(std::int64_t at, std::int64_t number, const float* keys);
@@ -25,9 +25,12 @@ class RunSummaries {
 
  private:
   int head_dim_;
-  std::vector<std::uint8_t> codes_;        // [num_runs][head_dim], of the means
+  CodeShape shape_;
+  std::vector<std::uint8_t> codes_;        // [num_runs][shape.dims], of the means
   std::vector<float> factors_, radii_;     // [num_runs]
   std::vector<float> offsets_;             // [num_runs][head_dim]: a key of the run less the mean
+  std::vector<float> means_;               // [num_runs][head_dim - shape.dims]: what the mean's code leaves out
+  std::vector<float> key_factors_;         // [num_runs] of the key whose offset is kept
 };
 
 // Root mean square distance of keys from the means of their runs; 0 if there is none.
@@ -35,5 +38,8 @@ float own_radius(const HeadCodes& head, int head_dim);
 
 // Deviations of <k - mean of its run, q'> over the keys, for num queries mapped as the codes are; 0 if unknown.
 void own_deviations(const HeadCodes& head, const float* mapped, int num, int head_dim, float* deviations);
+
+// Deviation of what the coordinates without a code, `mapped` those of a query, add to a product, over the vector's factor.
+float uncoded_deviation(const Uncoded& uncoded, const float* mapped, int num_uncoded);
 
 }  // namespace retrieval

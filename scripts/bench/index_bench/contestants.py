@@ -225,8 +225,8 @@ class Core(Contestant):
         self.codes = None
         if self.bits:
             # As online: from the first chunk's keys; its queries are too few here, so from those of the whole prompt.
-            stretches = balance(held_keys[:, :2048], self.layer.train) or ()
-            self.codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits, 0, *stretches)
+            maps = balance(held_keys[:, :2048], self.layer.train, self.bits) or ()
+            self.codes = self.core.LayerCodes(keys.shape[0], keys.shape[2], self.bits, 0, *maps)
             self.codes.append(held_keys)
         count = held_keys.shape[1]
         self.searched = [self.core.Part(held_keys, held_values, 0, count, self.codes)]
