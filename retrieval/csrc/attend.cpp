@@ -125,7 +125,11 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
       unit.is_long = is_long;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
+      unit.exact_tasks.begin = exact_tasks_.size();
+      unit.scan_tasks.begin = scan_tasks_.size();
       for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);
+      unit.exact_tasks.end = exact_tasks_.size();
+      unit.scan_tasks.end = scan_tasks_.size();
       units_.push_back(std::move(unit));
       head += num;
     }

@@ -38,7 +38,9 @@ class Job {
   void add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched);
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
-  void look_first();
+  bool begins_by_unit() const;
+  void begin_by_task();
+  void look_first(Unit& unit);
   void scan_all(Unit& unit);
   void find_floors(int k);
   void count_codes();    // of what has been scanned

@@ -13,6 +13,8 @@
 namespace retrieval {
 namespace {
 
+constexpr std::int64_t kManyUnits = 4;      // per thread
+constexpr std::int64_t kFewExactTasks = 4;  // per unit
 constexpr std::int64_t kGroupsAhead = 24;  // chosen, and on their way from memory, before they are scanned
 
 void begin(const Unit& unit, const Task& task, Found& found) {
@@ -31,18 +33,17 @@ void begin(const Unit& unit, const Task& task, Found& found) {
 }  // namespace
 
 void Job::scan() {
-  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
-  const auto num_prepared = static_cast<std::int64_t>(scan_tasks_.empty() ? 0 : units_.size());
-  run(num_exact + num_prepared, [&](std::int64_t i) {
-    if (i < num_exact) {
-      const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
-      attend_exactly(units_[task.unit], task, scale_);
-    } else {
-      prepare(units_[static_cast<std::size_t>(i - num_exact)]);
-    }
-  });
+  if (begins_by_unit()) {
+    for_units([&](Unit& unit) {
+      for (std::size_t i = unit.exact_tasks.begin; i < unit.exact_tasks.end; ++i) attend_exactly(unit, exact_tasks_[i], scale_);
+      prepare(unit);
+      for (std::size_t i = unit.scan_tasks.begin; unit.is_long && i < unit.scan_tasks.end; ++i) score_means(unit, scan_tasks_[i]);
+      if (unit.is_long) look_first(unit);
+    });
+  } else {
+    begin_by_task();
+  }
   if (scan_tasks_.empty()) return;
-  look_first();
   is_long_ = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
   for_tasks(scan_tasks_, [&](std::size_t i) {
     if (units_[scan_tasks_[i].unit].is_long) {
@@ -53,24 +54,46 @@ void Job::scan() {
   });
 }
 
-// A long search looks at some groups of keys, and then for what can matter by what they have shown.
-void Job::look_first() {
+// Whether what comes before the scan is shared out by units: each finds in the cache what it has just computed, and
+// nobody waits in between. Not where some threads would have more units than others, or a unit much to do.
+bool Job::begins_by_unit() const {
+  const auto num_units = static_cast<std::int64_t>(units_.size()), num_threads = std::int64_t{pool_.num_threads()};
+  const auto num_tasks = static_cast<std::int64_t>(exact_tasks_.size());
+  return !scan_tasks_.empty() && (num_units % num_threads == 0 || num_units >= kManyUnits * num_threads) &&
+         num_tasks <= kFewExactTasks * num_units;
+}
+
+void Job::begin_by_task() {
+  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
+  const auto num_prepared = static_cast<std::int64_t>(scan_tasks_.empty() ? 0 : units_.size());
+  run(num_exact + num_prepared, [&](std::int64_t i) {
+    if (i < num_exact) {
+      const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
+      attend_exactly(units_[task.unit], task, scale_);
+    } else {
+      prepare(units_[static_cast<std::size_t>(i - num_exact)]);
+    }
+  });
   if (std::none_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; })) return;
   for_tasks(scan_tasks_, [&](std::size_t i) {
     Unit& unit = units_[scan_tasks_[i].unit];
     if (unit.is_long) score_means(unit, scan_tasks_[i]);
   });
   for_units([&](Unit& unit) {
-    if (unit.is_long && !means_tell(unit, budget_, scale_)) scan_all(unit);
-    if (!unit.is_long) return;
-    choose_first(unit);
-    for (const Scan& scan : unit.scans) {
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
-    }
-    for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
-    set_start(unit);
-    choose_whether(unit, budget_, scale_);
+    if (unit.is_long) look_first(unit);
   });
+}
+
+// A long search looks at some groups of keys, and then for what can matter by what they have shown.
+void Job::look_first(Unit& unit) {
+  if (!means_tell(unit, budget_, scale_)) return scan_all(unit);
+  choose_first(unit);
+  for (const Scan& scan : unit.scans) {
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
+  }
+  for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
+  set_start(unit);
+  choose_whether(unit, budget_, scale_);
 }
 
 void Job::scan_all(Unit& unit) {

@@ -119,6 +119,9 @@ struct Unit {
   std::vector<const Part*> exact;
   std::vector<Scan> scans;
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
+  struct {
+    std::size_t begin = 0, end = 0;
+  } exact_tasks, scan_tasks;      // the job's that are the unit's
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
   float listed[kMaxGroup]; // of heads that do not draw: keys whose bound reaches it become candidates
