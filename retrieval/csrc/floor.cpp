@@ -26,6 +26,9 @@ struct Top {
 
 std::vector<Top> read_tops(const Unit& unit, int h) {
   std::vector<Top> tops;
+  std::int64_t num_blocks = 0;
+  for (const Scan& scan : unit.scans) num_blocks += scan.num_chunks * kBlocksPerChunk;
+  tops.reserve(static_cast<std::size_t>(num_blocks));
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     const Scan& scan = unit.scans[s];
     for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
@@ -61,6 +64,7 @@ float reached_by(const std::vector<float>& values, std::size_t wanted) {
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
 float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::size_t wanted) {
   std::vector<float> tops;
+  tops.reserve(blocks.size());
   for (const Top& top : blocks) tops.push_back(top.bound);
   if (tops.size() > wanted) return reached_by(tops, wanted);
   if (tops.empty()) return -kInfinity;
