@@ -26,7 +26,7 @@ bool has_tile_instructions() {
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   return (d & kAmxBf16) != 0 && (d & kAmxTile) != 0 && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
          __builtin_cpu_supports("avx512bf16");
 }
 

@@ -205,7 +205,7 @@ void CodeGroups::follow(const CodeGroups& before) {
 void CodeGroups::put(int slot, const std::uint8_t* code, float factor) {
   for (int p = 0; p < shape.bits; ++p) {
     auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
-                  (slot / kGroupKeys * shape.bits + p) * plane_bytes(shape.dims) + slot % kGroupKeys;
+                  (slot / kGroupKeys * shape.bits + p) * plane_bytes(shape.dims) + byte_of(slot % kGroupKeys);
     const int shift = shape.bits - 1 - p;
     for (int s = 0; s < shape.dims / 8; ++s) {
       unsigned packed = 0;

@@ -36,8 +36,10 @@ inline constexpr int kScanGroups = 32;   // groups that one call of scan covers
 
 inline constexpr int kTableLevels = 31;  // largest entry of a look-up table: eight of them fit a byte
 
-// Code bits of 64 consecutive keys: byte i of piece s holds the bits of key i for dimensions 8s..8s+3
-// (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces.
+// Code bits of 64 consecutive keys: byte byte_of(i) of piece s holds the bits of key i for dimensions 8s..8s+3
+// (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces. The first half of the keys has the
+// even bytes and the second the odd ones, so that sums widened to 16 bits are in order.
+inline constexpr int byte_of(int key) { return key < kGroupKeys / 2 ? 2 * key : 2 * key - kGroupKeys + 1; }
 inline constexpr int plane_bytes(int head_dim) { return head_dim / 8 * kGroupKeys; }
 
 // Binary logarithm of a key's weight, by estimate: at most 0 and base + slope * bound - lift * factor.
