@@ -92,12 +92,8 @@ std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& t
                                              std::numeric_limits<float>::lowest());
     if (unit.draws[h] == 0.0f) continue;
     // What was drawn stands for others too.
-    float sum = 0.0f;
-    for (int i = 0; i < count; ++i) {
-      weights[h * kTileKeys + i] *= inverses[i];
-      sum += weights[h * kTileKeys + i];
-    }
-    partial.sum[h] = sum;
+    for (int i = 0; i < count; ++i) weights[h * kTileKeys + i] *= inverses[i];
+    kernels().below(weights + h * kTileKeys, count, kInfinity, &partial.sum[h]);
   }
   kernels().accumulate(weights, kTileKeys, unit.queries.num, values, candidates, 0, count, partial.acc);
   return {num_retrieved, count};
