@@ -39,7 +39,10 @@ class Job {
   std::size_t add_partial(Unit& unit);
   void prepare(Unit& unit);
   bool begins_by_unit() const;
+  void scan_by_unit();
+  void begin_unit(Unit& unit);
   void begin_by_task();
+  void scan_task(std::size_t i);
   void look_first(Unit& unit);
   void scan_all(Unit& unit);
   void find_floors(int k);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -13,7 +14,6 @@
 namespace retrieval {
 namespace {
 
-constexpr std::int64_t kManyUnits = 4;      // per thread
 constexpr std::int64_t kFewExactTasks = 4;  // per unit
 constexpr std::int64_t kGroupsAhead = 24;  // chosen, and on their way from memory, before they are scanned
 
@@ -34,33 +34,63 @@ void begin(const Unit& unit, const Task& task, Found& found) {
 
 void Job::scan() {
   if (begins_by_unit()) {
-    for_units([&](Unit& unit) {
-      for (std::size_t i = unit.exact_tasks.begin; i < unit.exact_tasks.end; ++i) attend_exactly(unit, exact_tasks_[i], scale_);
-      prepare(unit);
-      for (std::size_t i = unit.scan_tasks.begin; unit.is_long && i < unit.scan_tasks.end; ++i) score_means(unit, scan_tasks_[i]);
-      if (unit.is_long) look_first(unit);
-    });
+    scan_by_unit();
   } else {
     begin_by_task();
+    for_tasks(scan_tasks_, [&](std::size_t i) { scan_task(i); });
   }
-  if (scan_tasks_.empty()) return;
-  is_long_ = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    if (units_[scan_tasks_[i].unit].is_long) {
-      drawn_[i] = search_chunks(scan_tasks_[i]);
-    } else {
-      scan_chunks(scan_tasks_[i]);
+  is_long_ = !scan_tasks_.empty() && std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
+}
+
+// Whether each thread begins with units of its own: it finds in the cache what it has just computed. Not where some
+// threads would have more units than others, or a unit much to do before the scan.
+bool Job::begins_by_unit() const {
+  const auto num_units = static_cast<std::int64_t>(units_.size()), num_threads = std::int64_t{pool_.num_threads()};
+  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
+  const auto is_like_first = [&](const Unit& unit) { return unit.scan_tasks.size() == units_.front().scan_tasks.size(); };
+  return !scan_tasks_.empty() && num_units % num_threads == 0 && num_exact <= kFewExactTasks * num_units &&
+         std::all_of(units_.begin(), units_.end(), is_like_first);
+}
+
+// A unit's scan begins when the unit is ready, whatever the others are at.
+void Job::scan_by_unit() {
+  enum State : int { kPending, kReady, kFailed };
+  std::vector<std::atomic<int>> states(units_.size());
+  const std::size_t num_tasks = units_.front().scan_tasks.size() + 1;
+  run(static_cast<std::int64_t>(units_.size() * num_tasks), [&](std::int64_t i) {
+    const std::size_t u = static_cast<std::size_t>(i) / num_tasks, number = static_cast<std::size_t>(i) % num_tasks;
+    std::atomic<int>& state = states[u];
+    if (number == 0) {
+      try {
+        begin_unit(units_[u]);
+      } catch (...) {
+        state.store(kFailed, std::memory_order_release);
+        throw;
+      }
+      state.store(kReady, std::memory_order_release);
+      return;
     }
+    // A thread's own tasks are of whole units, and taken in order: somebody is at it.
+    while (state.load(std::memory_order_acquire) == kPending) relax();
+    if (state.load(std::memory_order_acquire) == kReady) scan_task(units_[u].scan_tasks.begin + number - 1);
   });
 }
 
-// Whether what comes before the scan is shared out by units: each finds in the cache what it has just computed, and
-// nobody waits in between. Not where some threads would have more units than others, or a unit much to do.
-bool Job::begins_by_unit() const {
-  const auto num_units = static_cast<std::int64_t>(units_.size()), num_threads = std::int64_t{pool_.num_threads()};
-  const auto num_tasks = static_cast<std::int64_t>(exact_tasks_.size());
-  return !scan_tasks_.empty() && (num_units % num_threads == 0 || num_units >= kManyUnits * num_threads) &&
-         num_tasks <= kFewExactTasks * num_units;
+void Job::begin_unit(Unit& unit) {
+  for (std::size_t i = unit.exact_tasks.begin; i < unit.exact_tasks.end; ++i) attend_exactly(unit, exact_tasks_[i], scale_);
+  prepare(unit);
+  if (!unit.is_long) return;
+  for (std::size_t i = unit.scan_tasks.begin; i < unit.scan_tasks.end; ++i) score_means(unit, scan_tasks_[i]);
+  look_first(unit);
+}
+
+void Job::scan_task(std::size_t i) {
+  const Task& task = scan_tasks_[i];
+  if (units_[task.unit].is_long) {
+    drawn_[i] = search_chunks(task);
+  } else {
+    scan_chunks(task);
+  }
 }
 
 void Job::begin_by_task() {

@@ -21,6 +21,8 @@ constexpr auto kSpin = std::chrono::microseconds(30);
 // The same for a run that was announced, if it does not come.
 constexpr auto kLookOut = std::chrono::microseconds(400);
 
+}  // namespace
+
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -28,8 +30,6 @@ void relax() {
   asm volatile("yield");
 #endif
 }
-
-}  // namespace
 
 ThreadPool::ThreadPool(int num_threads) : stretches_(static_cast<std::size_t>(std::max(1, num_threads))) {
   for (std::size_t i = 1; i < stretches_.size(); ++i) workers_.emplace_back([this, i] { work(i); });

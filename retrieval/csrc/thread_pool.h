@@ -54,6 +54,9 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
+// Between two looks at what another thread is about to do.
+void relax();
+
 // Physical cores that this process may run on.
 int default_num_threads();
 

@@ -121,6 +121,7 @@ struct Unit {
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   struct {
     std::size_t begin = 0, end = 0;
+    std::size_t size() const { return end - begin; }
   } exact_tasks, scan_tasks;      // the job's that are the unit's
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
