@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 build=${1:-build/sanitize}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- tests/retrieval/test_native.py tests/retrieval/test_native_runs.py
+[ $# -gt 0 ] || set -- tests/retrieval/test_native.py tests/retrieval/test_native_runs.py tests/retrieval/test_balance.py
 python=${PYTHON:-python}
 
 "$python" -m cmake --version >/dev/null 2>&1 && cmake="$python -m cmake" || cmake=cmake
