@@ -67,9 +67,16 @@ struct CodeGroups {
 
   std::size_t num_factors() const { return static_cast<std::size_t>(num_groups * kGroupKeys); }
   std::size_t plane_total() const { return static_cast<std::size_t>(num_groups * group_planes()); }
-  std::size_t nbytes() const { return plane_total() + num_factors() * sizeof(std::int16_t); }
+  std::size_t nbytes() const { return bytes_of(num_groups, shape); }
   // Bytes of one group's planes.
   int group_planes() const { return shape.bits * plane_bytes(shape.dims); }
+  // Of so many groups, with their factors.
+  static std::size_t bytes_of(int num_groups, CodeShape shape) {
+    CodeGroups groups;
+    groups.num_groups = num_groups;
+    groups.shape = shape;
+    return groups.plane_total() + groups.num_factors() * sizeof(std::int16_t);
+  }
   // Begins with the unit of the groups before, unless a smaller one will do: what is made of it serves for both.
   void follow(const CodeGroups& before);
   // Puts a code [shape.dims] into a slot; slots are filled in order.

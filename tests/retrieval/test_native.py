@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from retrieval import native
-from retrieval.layer_attention import ExactPart, attend_layer
 from tests.retrieval.conftest import LEVELS
+from tests.retrieval.layer_attention import ExactPart, attend_layer
 
 _core = pytest.importorskip("retrieval._core")
 

@@ -1,7 +1,6 @@
 """The plain twin of the core's `attend_layer`: the same call in torch, every part attended exactly.
 
-Knows only tensors; runs on the caller's thread. It is the oracle of the core's tests and what stands in for
-the core where it was not built.
+Knows only tensors; runs on the caller's thread.
 """
 
 from __future__ import annotations
