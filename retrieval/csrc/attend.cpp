@@ -4,7 +4,6 @@
 #include <cmath>
 #include <numeric>
 #include <set>
-#include <tuple>
 #include <utility>
 
 #include "job.h"
@@ -63,10 +62,10 @@ std::size_t Job::add_partial(Unit& unit) {
   return unit.partials.size() - 1;
 }
 
-void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searched) {
+void Job::add_part(Unit& unit, const Part& part, bool is_searched) {
   const std::int64_t num_heads = unit.queries.num;
   if (part.end <= part.begin) return;
-  stats_.num_visible += num_heads * (part.end - part.begin);
+  unit.stats.num_visible += num_heads * (part.end - part.begin);
   const std::int64_t coded = is_searched ? coded_end(part) : part.begin;
   if (coded > part.begin || will_list_) {
     Scan scan;
@@ -90,7 +89,7 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
     }
     const std::int64_t each = unit.is_long ? std::max(kChunksPerLongTask, scan.num_chunks / kLongTasks) : kChunksPerTask;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
-      scan_tasks_.push_back({at, unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
+      unit.scan_tasks.push_back({unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
       scan.found.push_back(scratch_.take());
     }
     unit.scans.push_back(std::move(scan));
@@ -98,10 +97,10 @@ void Job::add_part(Unit& unit, std::size_t at, const Part& part, bool is_searche
   if (will_list_) return;
   if (coded < part.end) {
     const std::int64_t row_bytes = std::int64_t{part.head_dim} * element_bytes(part.dtype);
-    stats_.num_scored += num_heads * (part.end - coded);
-    stats_.bytes_read += 2 * row_bytes * (part.end - coded);
+    unit.stats.num_scored += num_heads * (part.end - coded);
+    unit.stats.bytes_read += 2 * row_bytes * (part.end - coded);
     for (std::int64_t first = coded; first < part.end; first += kExactKeys) {
-      exact_tasks_.push_back({at, unit.exact.size(), add_partial(unit), first, std::min(first + kExactKeys, part.end)});
+      unit.exact_tasks.push_back({unit.exact.size(), add_partial(unit), first, std::min(first + kExactKeys, part.end)});
     }
     unit.exact.push_back(&part);
   }
@@ -125,59 +124,53 @@ void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
       unit.is_long = is_long;
       unit.first_row = seq * queries_.num_q_heads + head;
       unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
-      unit.exact_tasks.begin = exact_tasks_.size();
-      unit.scan_tasks.begin = scan_tasks_.size();
-      for (const Part* part : sequence) add_part(unit, units_.size(), *part, is_searched);
-      unit.exact_tasks.end = exact_tasks_.size();
-      unit.scan_tasks.end = scan_tasks_.size();
+      for (const Part* part : sequence) add_part(unit, *part, is_searched);
       units_.push_back(std::move(unit));
       head += num;
     }
   }
-  drawn_.resize(scan_tasks_.size());
-  is_small_ = scan_tasks_.empty() && !will_list_ && stats_.num_scored * queries_.head_dim <= kSmallProducts;
+  const bool is_exact = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.scan_tasks.empty(); });
+  is_small_ = is_exact && !will_list_ && stats().num_scored * queries_.head_dim <= kSmallProducts;
 }
 
-void Job::weigh() {
-  std::vector<std::int64_t> retrieved(score_tasks_.size()), rows(score_tasks_.size());
-  for_tasks(score_tasks_, [&](std::size_t i) {
-    const Task& task = score_tasks_[i];
-    std::tie(retrieved[i], rows[i]) = weigh_candidates(units_[task.unit], task, scale_, has_ranks_);
-  });
-  for (std::size_t i = 0; i < score_tasks_.size(); ++i) {
-    const Part& part = *units_[score_tasks_[i].unit].scans[score_tasks_[i].run].part;
-    stats_.num_retrieved += retrieved[i];
-    stats_.bytes_read += rows[i] * part.head_dim * element_bytes(part.dtype);
+void Job::weigh(Unit& unit, std::size_t i) {
+  unit.weighed[i] = weigh_candidates(unit, unit.score_tasks[i], scale_, has_ranks_);
+}
+
+void Job::merge(Unit& unit, float* out, float* lse) const {
+  for (std::size_t i = 0; i < unit.weighed.size(); ++i) {
+    const Part& part = *unit.scans[unit.score_tasks[i].run].part;
+    unit.stats.num_retrieved += unit.weighed[i].first;
+    unit.stats.bytes_read += unit.weighed[i].second * part.head_dim * element_bytes(part.dtype);
   }
-}
-
-void Job::merge(float* out, float* lse) const {
   const int head_dim = queries_.head_dim;
-  for (const Unit& unit : units_) {
-    for (int h = 0; h < unit.queries.num; ++h) {
-      const std::int64_t row = unit.first_row + h;
-      float* target = out + row * head_dim;
-      std::fill_n(target, head_dim, 0.0f);
-      float top = -kInfinity, sum = 0.0f;
-      for (const Partial& partial : unit.partials) top = std::max(top, partial.top[h]);
-      for (const Partial& partial : unit.partials) {
-        if (!(partial.sum[h] > 0.0f)) continue;
-        const float factor = std::exp(scale_ * (partial.top[h] - top));
-        const float* acc = partial.acc + h * head_dim;
-        sum += factor * partial.sum[h];
-        for (int j = 0; j < head_dim; ++j) target[j] += factor * acc[j];
-      }
-      lse[row] = sum > 0.0f ? scale_ * top + std::log(sum) : -kInfinity;
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      for (int j = 0; j < head_dim; ++j) target[j] *= inverse;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    const std::int64_t row = unit.first_row + h;
+    float* target = out + row * head_dim;
+    std::fill_n(target, head_dim, 0.0f);
+    float top = -kInfinity, sum = 0.0f;
+    for (const Partial& partial : unit.partials) top = std::max(top, partial.top[h]);
+    for (const Partial& partial : unit.partials) {
+      if (!(partial.sum[h] > 0.0f)) continue;
+      const float factor = std::exp(scale_ * (partial.top[h] - top));
+      const float* acc = partial.acc + h * head_dim;
+      sum += factor * partial.sum[h];
+      for (int j = 0; j < head_dim; ++j) target[j] += factor * acc[j];
     }
+    lse[row] = sum > 0.0f ? scale_ * top + std::log(sum) : -kInfinity;
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int j = 0; j < head_dim; ++j) target[j] *= inverse;
   }
 }
 
 AttendStats Job::stats() const {
-  AttendStats total = stats_;
+  AttendStats total;
   for (const Unit& unit : units_) {
-    total.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, std::int64_t{0});
+    total.num_visible += unit.stats.num_visible;
+    total.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, unit.stats.num_scored);
+    total.num_retrieved += unit.stats.num_retrieved;
+    total.num_drawn += unit.stats.num_drawn;
+    total.bytes_read += unit.stats.bytes_read;
   }
   return total;
 }
@@ -186,10 +179,7 @@ AttendStats attend_layer(const LayerQueries& queries, const std::vector<std::vec
                          const Budget& budget, ThreadPool& pool, float* out, float* lse) {
   Job job(queries, scale, budget, pool, callers_scratch(), false);
   job.plan(parts);
-  job.scan();
-  job.search(budget.k);
-  job.weigh();
-  job.merge(out, lse);
+  job.run(budget.k, out, lse);
   return job.stats();
 }
 
@@ -197,8 +187,7 @@ AttendStats search_part(const LayerQueries& queries, const Part& part, int kv_he
                         ThreadPool& pool, std::int64_t* positions, float* scores) {
   Job job(queries, 1.0f, budget, pool, callers_scratch(), true, kv_head);
   job.plan({{&part}});
-  job.scan();
-  job.search(k);
+  job.run(k, nullptr, nullptr);
   std::fill_n(positions, std::int64_t{queries.num_q_heads} * k, std::int64_t{-1});
   std::fill_n(scores, std::int64_t{queries.num_q_heads} * k, -kInfinity);
   pool.run(static_cast<std::int64_t>(job.units().size()), [&](std::int64_t u) {

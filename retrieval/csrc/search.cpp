@@ -1,6 +1,6 @@
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "candidates.h"
@@ -14,7 +14,6 @@
 namespace retrieval {
 namespace {
 
-constexpr std::int64_t kFewExactTasks = 4;  // per unit
 constexpr std::int64_t kGroupsAhead = 24;  // chosen, and on their way from memory, before they are scanned
 
 void begin(const Unit& unit, const Task& task, Found& found) {
@@ -24,6 +23,7 @@ void begin(const Unit& unit, const Task& task, Found& found) {
     found.draws[h] = unit.draws[h] > 0.0f;
     found.num_probed[h] = 0;
   }
+  found.num_drawn = 0;
   found.positions.reserve(kUsualCandidates);
   found.inverses.reserve(kUsualCandidates);
   found.bounds.reserve(4 * kUsualCandidates);
@@ -32,86 +32,62 @@ void begin(const Unit& unit, const Task& task, Found& found) {
 
 }  // namespace
 
-void Job::scan() {
-  if (begins_by_unit()) {
-    scan_by_unit();
-  } else {
-    begin_by_task();
-    for_tasks(scan_tasks_, [&](std::size_t i) { scan_task(i); });
-  }
-  is_long_ = !scan_tasks_.empty() && std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; });
-}
-
-// Whether each thread begins with units of its own: it finds in the cache what it has just computed. Not where some
-// threads would have more units than others, or a unit much to do before the scan.
-bool Job::begins_by_unit() const {
-  const auto num_units = static_cast<std::int64_t>(units_.size()), num_threads = std::int64_t{pool_.num_threads()};
-  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
-  const auto is_like_first = [&](const Unit& unit) { return unit.scan_tasks.size() == units_.front().scan_tasks.size(); };
-  return !scan_tasks_.empty() && num_units % num_threads == 0 && num_exact <= kFewExactTasks * num_units &&
-         std::all_of(units_.begin(), units_.end(), is_like_first);
-}
-
-// A unit's scan begins when the unit is ready, whatever the others are at.
-void Job::scan_by_unit() {
-  enum State : int { kPending, kReady, kFailed };
-  std::vector<std::atomic<int>> states(units_.size());
-  const std::size_t num_tasks = units_.front().scan_tasks.size() + 1;
-  run(static_cast<std::int64_t>(units_.size() * num_tasks), [&](std::int64_t i) {
-    const std::size_t u = static_cast<std::size_t>(i) / num_tasks, number = static_cast<std::size_t>(i) % num_tasks;
-    std::atomic<int>& state = states[u];
-    if (number == 0) {
-      try {
-        begin_unit(units_[u]);
-      } catch (...) {
-        state.store(kFailed, std::memory_order_release);
-        throw;
-      }
-      state.store(kReady, std::memory_order_release);
-      return;
-    }
-    // A thread's own tasks are of whole units, and taken in order: somebody is at it.
-    while (state.load(std::memory_order_acquire) == kPending) relax();
-    if (state.load(std::memory_order_acquire) == kReady) scan_task(units_[u].scan_tasks.begin + number - 1);
-  });
-}
-
-void Job::begin_unit(Unit& unit) {
-  for (std::size_t i = unit.exact_tasks.begin; i < unit.exact_tasks.end; ++i) attend_exactly(unit, exact_tasks_[i], scale_);
-  prepare(unit);
-  if (!unit.is_long) return;
-  for (std::size_t i = unit.scan_tasks.begin; i < unit.scan_tasks.end; ++i) score_means(unit, scan_tasks_[i]);
-  look_first(unit);
-}
-
-void Job::scan_task(std::size_t i) {
-  const Task& task = scan_tasks_[i];
-  if (units_[task.unit].is_long) {
-    drawn_[i] = search_chunks(task);
-  } else {
-    scan_chunks(task);
+std::int64_t Job::advance(Unit& unit, int stage, int k, float* out, float* lse) {
+  const auto num_scans = static_cast<std::int64_t>(unit.scan_tasks.size());
+  switch (stage) {
+    case kBegin:
+      return static_cast<std::int64_t>(unit.exact_tasks.size()) + (num_scans > 0 ? 1 : 0);
+    case kMeans:
+      return unit.is_long ? num_scans : 0;
+    case kScan:
+      if (unit.is_long && num_scans > 0) look_first(unit);
+      return num_scans;
+    case kFloors:
+      if (num_scans == 0 && !will_list_) return 0;
+      if (!unit.is_long) return unit.queries.num;
+      for (int h = 0; h < unit.queries.num; ++h) settle_best(unit, h, budget_, scale_);
+      return 0;
+    case kList:
+      if (!unit.is_long) set_start(unit);
+      return !unit.is_long || unit.is_raised ? num_scans : 0;
+    case kScore:
+      count_found(unit);
+      gather(unit);
+      share_out(unit);
+      return has_ranks_ ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
+    case kWeigh:
+      if (has_ranks_) settle_floor(unit, k);
+      return out != nullptr ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
+    default:
+      if (out != nullptr) merge(unit, out, lse);
+      return Chains::kEnd;
   }
 }
 
-void Job::begin_by_task() {
-  const auto num_exact = static_cast<std::int64_t>(exact_tasks_.size());
-  const auto num_prepared = static_cast<std::int64_t>(scan_tasks_.empty() ? 0 : units_.size());
-  run(num_exact + num_prepared, [&](std::int64_t i) {
-    if (i < num_exact) {
-      const Task& task = exact_tasks_[static_cast<std::size_t>(i)];
-      attend_exactly(units_[task.unit], task, scale_);
-    } else {
-      prepare(units_[static_cast<std::size_t>(i - num_exact)]);
-    }
-  });
-  if (std::none_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_long; })) return;
-  for_tasks(scan_tasks_, [&](std::size_t i) {
-    Unit& unit = units_[scan_tasks_[i].unit];
-    if (unit.is_long) score_means(unit, scan_tasks_[i]);
-  });
-  for_units([&](Unit& unit) {
-    if (unit.is_long) look_first(unit);
-  });
+void Job::work(Unit& unit, int stage, std::size_t i, int k) {
+  switch (stage) {
+    case kBegin:
+      return i < unit.exact_tasks.size() ? attend_exactly(unit, unit.exact_tasks[i], scale_) : prepare(unit);
+    case kMeans:
+      return score_means(unit, unit.scan_tasks[i]);
+    case kScan:
+      return unit.is_long ? search_chunks(unit, unit.scan_tasks[i]) : scan_chunks(unit, unit.scan_tasks[i]);
+    case kFloors:
+      return find_floor(unit, static_cast<int>(i), k, budget_, scale_, !will_list_);
+    case kList:
+      return list_chunks(unit, unit.scan_tasks[i]);
+    case kScore:
+      return score(unit, unit.score_tasks[i]);
+    default:
+      return weigh(unit, i);
+  }
+}
+
+void Job::run(int k, float* out, float* lse) {
+  Chains chains(
+      units_.size(), [=](std::size_t u, int stage) { return advance(units_[u], stage, k, out, lse); },
+      [=](std::size_t u, int stage, std::int64_t i) { work(units_[u], stage, static_cast<std::size_t>(i), k); });
+  is_small_ ? chains.run_alone() : chains.run(pool_);
 }
 
 // A long search looks at some groups of keys, and then for what can matter by what they have shown.
@@ -138,8 +114,7 @@ void Job::prepare(Unit& unit) {
   }
 }
 
-void Job::scan_chunks(const Task& task) {
-  Unit& unit = units_[task.unit];
+void Job::scan_chunks(const Unit& unit, const Task& task) {
   const Scan& scan = unit.scans[task.run];
   for (std::int64_t c = task.begin; c < task.end; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
 }
@@ -152,36 +127,32 @@ void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const C
                  scan.chosen[c], keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
 }
 
-std::int64_t Job::refine_chunks(const Task& task) {
-  Unit& unit = units_[task.unit];
+// What has been scanned is listed; or what has been listed is cut to what a better key has left of it.
+void Job::list_chunks(Unit& unit, const Task& task) {
   Scan& scan = unit.scans[task.run];
   Found& found = scan.found[task.slot];
-  std::int64_t num_drawn = 0;
+  if (unit.is_long) return drop(unit, scan, found);
   begin(unit, task, found);
   Refiner refiner(unit, scan, scale_, found);
-  for (std::int64_t c = task.begin; c < task.end; ++c) {
-    num_drawn += refiner.refine(c, scan.bounds_of(c));
-  }
-  return num_drawn;
+  for (std::int64_t c = task.begin; c < task.end; ++c) found.num_drawn += refiner.refine(c, scan.bounds_of(c));
 }
 
-void Job::count_codes() {
-  for (const Unit& unit : units_) {
-    for (const Scan& scan : unit.scans) {
-      std::int64_t num_groups = 0;
-      for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
-      if (scan.num_chunks == 0) continue;
-      const CodeChunk& like = scan.chunk(0);
-      stats_.bytes_read += num_groups * static_cast<std::int64_t>(like.keys.nbytes()) / kChunkGroups;
-      if (scan.levels != nullptr) stats_.bytes_read += scan.num_chunks * static_cast<std::int64_t>(like.means.nbytes());
-    }
+void Job::count_found(Unit& unit) {
+  AttendStats& stats = unit.stats;
+  for (const Scan& scan : unit.scans) {
+    for (const Found& found : scan.found) stats.num_drawn += found.num_drawn;
+    if (scan.num_chunks == 0) continue;
+    std::int64_t num_groups = 0;
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c) num_groups += __builtin_popcount(scan.chosen[c]);
+    const CodeChunk& like = scan.chunk(0);
+    stats.bytes_read += num_groups * static_cast<std::int64_t>(like.keys.nbytes()) / kChunkGroups;
+    if (scan.levels != nullptr) stats.bytes_read += scan.num_chunks * static_cast<std::int64_t>(like.means.nbytes());
   }
 }
 
 // Chooses, scans and lists in one go: bounds stay in the cache, and codes of groups further on are on their way there. A
 // better key on the way raises what is listed.
-std::int64_t Job::search_chunks(const Task& task) {
-  Unit& unit = units_[task.unit];
+void Job::search_chunks(Unit& unit, const Task& task) {
   Scan& scan = unit.scans[task.run];
   Found& found = scan.found[task.slot];
   std::int16_t bounds[kMaxGroup * kChunkKeys], tops[kMaxGroup * kBlocksPerChunk];
@@ -189,7 +160,7 @@ std::int64_t Job::search_chunks(const Task& task) {
   begin(unit, task, found);
   Chooser chooser(unit, scan, budget_, scale_);
   Refiner refiner(unit, scan, scale_, found);
-  std::int64_t num_drawn = 0, num_ahead = 0;
+  std::int64_t num_ahead = 0;
   for (std::int64_t c = task.begin, next = c; c < task.end; ++c) {
     for (; next < task.end && (next == c || num_ahead < kGroupsAhead); ++next) {
       num_ahead += chooser.choose_and_fetch(next);
@@ -198,54 +169,8 @@ std::int64_t Job::search_chunks(const Task& task) {
     num_ahead -= __builtin_popcount(scan.chosen[c]);
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, scale_, found);
-    num_drawn += refiner.refine(c, here);
+    found.num_drawn += refiner.refine(c, here);
   }
-  return num_drawn;
-}
-
-void Job::find_floors(int k) {
-  for (Unit& unit : units_) {
-    for (int h = 0; unit.is_long && h < unit.queries.num; ++h) settle_best(unit, h, budget_, scale_);
-  }
-  if (is_long_) return;
-  run(static_cast<std::int64_t>(units_.size()) * kMaxGroup, [&](std::int64_t i) {
-    Unit& unit = units_[static_cast<std::size_t>(i / kMaxGroup)];
-    const auto h = static_cast<int>(i % kMaxGroup);
-    if (unit.is_long || h >= unit.queries.num) return;
-    find_floor(unit, h, k, budget_, scale_, !will_list_);
-    if (h == 0) set_start(unit);
-  });
-}
-
-void Job::search(int k) {
-  if (scan_tasks_.empty() && !will_list_) return;
-  find_floors(k);
-  count_codes();
-  const bool is_raised = std::any_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.is_raised; });
-  if (!is_long_ || is_raised) {
-    for_tasks(scan_tasks_, [&](std::size_t i) {
-      const Task& task = scan_tasks_[i];
-      Unit& unit = units_[task.unit];
-      if (!unit.is_long) {
-        drawn_[i] = refine_chunks(task);
-      } else if (unit.is_raised) {
-        drop(unit, unit.scans[task.run], unit.scans[task.run].found[task.slot]);
-      }
-    });
-  }
-  for (const std::int64_t count : drawn_) stats_.num_drawn += count;
-  for_units([&](Unit& unit) { gather(unit); });
-  for (std::size_t u = 0; u < units_.size(); ++u) share_out(u);
-  if (!has_ranks_) return;
-  for_tasks(score_tasks_, [&](std::size_t i) {
-    const Task& task = score_tasks_[i];
-    Unit& unit = units_[task.unit];
-    Scan& scan = unit.scans[task.run];
-    kernels().score(unit.queries, scan.part->key_rows(unit.kv_head), scan.positions.data() + task.begin, 0,
-                    static_cast<int>(task.end - task.begin), scan.scores + task.begin,
-                    static_cast<int>(scan.positions.size()));
-  });
-  for_units([&](Unit& unit) { settle_floor(unit, k); });
 }
 
 // What was found is cut to the budget.
@@ -257,18 +182,26 @@ void Job::gather(Unit& unit) {
   }
 }
 
-void Job::share_out(std::size_t at) {
-  Unit& unit = units_[at];
+void Job::share_out(Unit& unit) {
+  const std::lock_guard<std::mutex> lock(arena_mutex_);
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     Scan& scan = unit.scans[s];
     const auto count = static_cast<std::int64_t>(scan.positions.size());
     if (has_ranks_) scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
-    stats_.num_scored += unit.queries.num * count;
-    stats_.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
+    unit.stats.num_scored += unit.queries.num * count;
+    unit.stats.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
     for (std::int64_t first = 0; first < count; first += kTileKeys) {
-      score_tasks_.push_back({at, s, add_partial(unit), first, std::min<std::int64_t>(first + kTileKeys, count)});
+      unit.score_tasks.push_back({s, add_partial(unit), first, std::min<std::int64_t>(first + kTileKeys, count)});
     }
   }
+  unit.weighed.resize(unit.score_tasks.size());
+}
+
+void Job::score(Unit& unit, const Task& task) {
+  Scan& scan = unit.scans[task.run];
+  kernels().score(unit.queries, scan.part->key_rows(unit.kv_head), scan.positions.data() + task.begin, 0,
+                  static_cast<int>(task.end - task.begin), scan.scores + task.begin,
+                  static_cast<int>(scan.positions.size()));
 }
 
 void Job::settle_floor(Unit& unit, int k) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "attend.h"
@@ -46,6 +47,7 @@ struct Found {
   float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
   bool draws[kMaxGroup];
   std::int64_t num_probed[kMaxGroup] = {};   // keys scored to know the best
+  std::int64_t num_drawn = 0;
 };
 
 // Integer bounds of a chunk, each head's a stride apart.
@@ -111,6 +113,12 @@ struct Scan {
   }
 };
 
+// Where one task works: chunks or positions [begin, end) of a run, result in partials[slot] or what the run has found.
+struct Task {
+  std::size_t run, slot;
+  std::int64_t begin, end;
+};
+
 // Query heads of one KV head and sequence, at most kMaxGroup.
 struct Unit {
   int kv_head = 0;
@@ -119,10 +127,9 @@ struct Unit {
   std::vector<const Part*> exact;
   std::vector<Scan> scans;
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
-  struct {
-    std::size_t begin = 0, end = 0;
-    std::size_t size() const { return end - begin; }
-  } exact_tasks, scan_tasks;      // the job's that are the unit's
+  std::vector<Task> exact_tasks, scan_tasks, score_tasks;
+  std::vector<std::pair<std::int64_t, std::int64_t>> weighed;  // by score task: scores that entered the output, and keys
+  AttendStats stats;
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
   float listed[kMaxGroup]; // of heads that do not draw: keys whose bound reaches it become candidates
@@ -148,12 +155,6 @@ struct Unit {
   bool draws_any() const {
     return std::any_of(draws, draws + queries.num, [](float each) { return each > 0.0f; });
   }
-};
-
-// Where one task works: chunks or positions [begin, end) of a run, result in partials[slot].
-struct Task {
-  std::size_t unit, run, slot;
-  std::int64_t begin, end;
 };
 
 // Groups at even distances, that stand for all when it matters how weights are spread: visit(scan, chunk, group).

@@ -1,0 +1,50 @@
+// Chains of stages: what the next stage of a chain has to do is known when its last one is done.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace retrieval {
+
+// All threads of a pool work on all chains at once: each begins with chains of its own, whose data it then has in its
+// cache, and helps with others where its own have nothing to give. Nobody waits for the end of a stage but who has nothing
+// else to do.
+class Chains {
+ public:
+  static constexpr std::int64_t kEnd = -1;
+  static constexpr int kMaxStages = 16;
+  // Called when all earlier stages of the chain are done, and stages without tasks passed over: how many tasks the stage
+  // has, fewer than 2^32, or kEnd. One thread at a time per chain.
+  using Advance = std::function<std::int64_t(std::size_t chain, int stage)>;
+  using Work = std::function<void(std::size_t chain, int stage, std::int64_t task)>;
+
+  Chains(std::size_t num_chains, Advance advance, Work work);
+  // Returns when all chains have ended. The first exception is rethrown; what has not begun is then left out.
+  void run(ThreadPool& pool);
+  void run_alone() { help(0, 1); }
+
+ private:
+  struct alignas(64) Chain {
+    // The stage in the upper half, its next task in the lower one. Stage 0 is ours: its one task is to begin.
+    std::atomic<std::uint64_t> next{0};
+    std::atomic<std::int64_t> num_left{1};
+    std::int64_t counts[kMaxStages + 1] = {1};  // tasks by stage; written before `next` shows the stage
+    bool has_ended() const { return next.load(std::memory_order_acquire) >> 32 > kMaxStages; }
+  };
+
+  void help(std::size_t self, std::size_t num_threads);
+  bool do_one(std::size_t at);
+  void advance_from(std::size_t at, int stage);
+
+  const Advance advance_;
+  const Work work_;
+  std::vector<Chain> chains_;
+  std::atomic<bool> has_failed_{false};
+};
+
+}  // namespace retrieval
