@@ -74,8 +74,8 @@ void score_means(Unit& unit, const Task& task) {
     const CodeGroups& means = scan.chunk(c).means;
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     const CodeReading& reading = scan.query.means;
-    kernels().scan(scan.query.tables.data(), reading.offsets, unit.queries.num, means.shape.dims, reading.shift,
-                   reinterpret_cast<const std::uint8_t*>(means.planes), means.shape.bits, 1u, means.factors,
+    kernels().scan(reading.tables_of(0), reading.offsets, unit.queries.num, means.shape.num_pieces(), reading.shift,
+                   means.codes, 1u, means.factors,
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) {
       const std::int16_t crest = tops[h * kBlocksPerChunk];

@@ -143,8 +143,8 @@ int Chooser::choose_and_fetch(std::int64_t c) {
 }
 
 void fetch(const CodeGroups& groups, int g) {
-  const int size = groups.group_planes();
-  for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.planes + g * size + at, 0, 2);
+  const int size = groups.group_bytes();
+  for (int at = 0; at < size; at += 64) __builtin_prefetch(groups.codes + g * size + at, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys, 0, 2);
   __builtin_prefetch(groups.factors + g * kGroupKeys + kGroupKeys / 2, 0, 2);
 }

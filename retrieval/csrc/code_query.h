@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "arena.h"
 #include "codes.h"
 #include "distance.h"
 
@@ -11,22 +11,24 @@ namespace retrieval {
 
 // How the sums that scan finds in codes of so many bits become scores, and how far off they may be.
 struct CodeReading {
+  AlignedBytes tables;  // [num][num_tables][kTableBytes]
   std::int16_t offsets[kMaxGroup] = {};
   int shift = 0;
   float slope[kMaxGroup] = {};      // bound = base + slope * unit * integer bound
   float lift[kMaxGroup] = {};       // what was added to <u, q'> to make an estimate a bound
   float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
+
+  std::uint8_t* tables_of(int number) const { return reinterpret_cast<std::uint8_t*>(tables.get()) + number * kTableBytes; }
 };
 
 // A group's queries against the codes of one head: what scans and weights need.
 struct CodeQuery {
-  std::vector<std::uint8_t> tables;  // [num][dims / 4][16]
-  CodeReading keys;                  // as bounds
-  CodeReading means;                 // as estimates
-  float base[kMaxGroup] = {};        // <q, centroid>
-  float norm[kMaxGroup] = {};        // |q'|
-  float own[kMaxGroup] = {};         // deviation of a key's score from that of its run's mean; 0 if unknown
-  float radius = 0.0f;               // root mean square distance of keys from the means of their runs
+  CodeReading keys;            // as bounds
+  CodeReading means;           // as estimates
+  float base[kMaxGroup] = {};  // <q, centroid>
+  float norm[kMaxGroup] = {};  // |q'|
+  float own[kMaxGroup] = {};   // deviation of a key's score from that of its run's mean; 0 if unknown
+  float radius = 0.0f;         // root mean square distance of keys from the means of their runs
 };
 
 // deviations: how many standard deviations above its estimate a key may score and still be found.

@@ -183,8 +183,8 @@ void LayerCodes::add_chunk(HeadCodes& head) {
       total += bytes;
     }
     if (at / together == pages.size()) pages.emplace_back(together * total);
-    groups.planes = pages[at / together].data() + together * before + at % together * groups.nbytes();
-    groups.factors = reinterpret_cast<std::int16_t*>(groups.planes + groups.plane_total());
+    groups.codes = reinterpret_cast<std::uint8_t*>(pages[at / together].data() + together * before + at % together * groups.nbytes());
+    groups.factors = reinterpret_cast<std::int16_t*>(groups.codes + groups.code_bytes());
   };
   place(chunk.keys, kChunkGroups, [](const HeadCodes& each) { return each.shape; }, key_pages_, 1);
   place(chunk.means, 1, [](const HeadCodes& each) { return each.shape.of_means(); }, mean_pages_, kMeansTogether);
@@ -196,14 +196,13 @@ void CodeGroups::follow(const CodeGroups& before) {
 }
 
 void CodeGroups::put(int slot, const std::uint8_t* code, float factor) {
-  for (int p = 0; p < shape.bits; ++p) {
-    auto* plane = reinterpret_cast<std::uint8_t*>(planes) +
-                  (slot / kGroupKeys * shape.bits + p) * plane_bytes(shape.dims) + byte_of(slot % kGroupKeys);
-    const int shift = shape.bits - 1 - p;
-    for (int s = 0; s < shape.dims / 8; ++s) {
-      unsigned packed = 0;
-      for (int b = 0; b < 8; ++b) packed |= ((code[s * 8 + b] >> shift) & 1u) << b;
-      plane[s * kGroupKeys] = static_cast<std::uint8_t>(packed);
+  std::uint8_t* piece = codes + slot / kGroupKeys * group_bytes() + byte_of(slot % kGroupKeys);
+  unsigned packed = 0;
+  for (int j = 0, num_bits = 0; j < shape.dims; ++j) {
+    packed |= static_cast<unsigned>(code[j]) << num_bits;
+    for (num_bits += shape.bits; num_bits >= 8; num_bits -= 8, piece += kGroupKeys) {
+      *piece = static_cast<std::uint8_t>(packed);
+      packed >>= 8;
     }
   }
   if (factor > unit) {

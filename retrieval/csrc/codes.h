@@ -37,6 +37,7 @@ inline constexpr int kMaxBits = 4;
 // Coordinates of a head's keys that codes keep, and bits for each.
 struct CodeShape {
   int dims = 0, bits = 0;
+  int num_pieces() const { return dims * bits / 8; }  // bytes of a key
   // That of means, whose errors all keys of a run share.
   CodeShape of_means() const { return {dims, std::min(kMaxBits, std::max(3, bits + 1))}; }
 };
@@ -59,23 +60,23 @@ class Pages {
 
 // Codes of some groups of keys: what scan reads.
 struct CodeGroups {
-  std::byte* planes = nullptr;        // [num_groups][shape.bits][plane_bytes]
+  std::uint8_t* codes = nullptr;      // [num_groups][shape.num_pieces()][kGroupKeys]
   std::int16_t* factors = nullptr;    // [num_groups * kGroupKeys], f in units of unit / 2^15
   float unit = 0.0f;                  // above every f in here
   int num_groups = 0;
   CodeShape shape;
 
   std::size_t num_factors() const { return static_cast<std::size_t>(num_groups * kGroupKeys); }
-  std::size_t plane_total() const { return static_cast<std::size_t>(num_groups * group_planes()); }
+  std::size_t code_bytes() const { return static_cast<std::size_t>(num_groups * group_bytes()); }
   std::size_t nbytes() const { return bytes_of(num_groups, shape); }
-  // Bytes of one group's planes.
-  int group_planes() const { return shape.bits * plane_bytes(shape.dims); }
+  // Bytes of one group's codes.
+  int group_bytes() const { return shape.num_pieces() * kGroupKeys; }
   // Of so many groups, with their factors.
   static std::size_t bytes_of(int num_groups, CodeShape shape) {
     CodeGroups groups;
     groups.num_groups = num_groups;
     groups.shape = shape;
-    return groups.plane_total() + groups.num_factors() * sizeof(std::int16_t);
+    return groups.code_bytes() + groups.num_factors() * sizeof(std::int16_t);
   }
   // Begins with the unit of the groups before, unless a smaller one will do: what is made of it serves for both.
   void follow(const CodeGroups& before);

@@ -8,7 +8,7 @@
 namespace retrieval {
 namespace {
 
-constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '8'};
+constexpr char kMagic[8] = {'R', 'B', 'Q', 'C', 'O', 'D', 'E', '9'};
 
 }  // namespace
 
@@ -36,7 +36,7 @@ std::string LayerCodes::save() const {
     }
     for (const CodeChunk& chunk : head.chunks) {
       for (const CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        put(groups->planes, groups->nbytes());
+        put(groups->codes, groups->nbytes());
         put(&groups->unit, sizeof(float));
       }
       put(chunk.radii, sizeof(chunk.radii));
@@ -92,13 +92,13 @@ std::shared_ptr<LayerCodes> LayerCodes::load(const char* data, std::size_t size)
       take(&uncoded->factors, sizeof(uncoded->factors));
     }
     for (std::int64_t c = 0; c < num_chunks; ++c) {
-      if (size - at < static_cast<std::size_t>(head.shape.bits * kChunkGroups * plane_bytes(head.shape.dims))) {
+      if (size - at < static_cast<std::size_t>(head.shape.num_pieces() * kChunkKeys)) {
         throw std::invalid_argument("truncated codes");
       }
       codes->add_chunk(head);
       CodeChunk& chunk = head.chunks.back();
       for (CodeGroups* groups : {&chunk.keys, &chunk.means}) {
-        take(groups->planes, groups->nbytes());
+        take(groups->codes, groups->nbytes());
         take(&groups->unit, sizeof(float));
       }
       take(chunk.radii, sizeof(chunk.radii));

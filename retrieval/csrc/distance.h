@@ -34,13 +34,16 @@ struct Rows {
 
 inline constexpr int kScanGroups = 32;   // groups that one call of scan covers
 
-inline constexpr int kTableLevels = 31;  // largest entry of a look-up table: eight of them fit a byte
-
-// Code bits of 64 consecutive keys: byte byte_of(i) of piece s holds the bits of key i for dimensions 8s..8s+3
-// (low nibble) and 8s+4..8s+7 (high nibble). A plane is head_dim / 8 such pieces. The first half of the keys has the
-// even bytes and the second the odd ones, so that sums widened to 16 bits are in order.
+// A key's code is a string of bits, each with a weight of the query's; <query, key> is estimated from the sum of weights
+// of the bits that are set. Codes of 64 consecutive keys lie byte by byte: key i has byte byte_of(i) of piece b for bits
+// 8b..8b+7. The first half of the keys has the even bytes and the second the odd ones, so that sums widened to 16 bits
+// are in order.
 inline constexpr int byte_of(int key) { return key < kGroupKeys / 2 ? 2 * key : 2 * key - kGroupKeys + 1; }
-inline constexpr int plane_bytes(int head_dim) { return head_dim / 8 * kGroupKeys; }
+
+// Weights are looked up for some bits at once. Tables are made for three pieces at a time (the last ones' may be fewer),
+// whose entries are shifted to begin at zero and add up to a byte at most.
+inline constexpr int kTablePieces = 3, kTableBits = 8 * kTablePieces, kTableBytes = 256, kTableLevels = 255;
+inline constexpr int num_tables(int num_pieces) { return (num_pieces + kTablePieces - 1) / kTablePieces; }
 
 // Binary logarithm of a key's weight, by estimate: at most 0 and base + slope * bound - lift * factor.
 struct Weigher {
@@ -82,14 +85,18 @@ struct Kernels {
   // values[i] = exp(scale * (values[i] - top)), or 0 where values[i] < floor; returns the sum.
   float (*exponentiate)(float* values, int n, float scale, float top, float floor);
 
-  // For each query h and each key of the groups whose bit is set in `wanted`, at most 32, with sum = sum over planes
-  // p (most significant first) of 2^(num_planes - 1 - p) * table sum: bounds[h * stride + i] = ((sum + offsets[h]) <<
-  // shift) * factors[i], rounded to the upper 16 of 31 bits. tables: [num][head_dim / 4][16], entries <= kTableLevels;
-  // the planes of a group one after the other, and group after group; factors: [32 * 64]; tops[h * tops_stride + b]:
-  // the largest bound of 8 groups, -32768 if none of them is wanted.
-  void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int head_dim, int shift,
-               const std::uint8_t* planes, int num_planes, std::uint32_t wanted, const std::int16_t* factors,
-               std::int16_t* bounds, std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
+  // Tables [num_tables][kTableBytes] of one query's weights [num_tables][kTableBits], whose magnitudes add up to
+  // kTableLevels at most in each of them. Only the same level's scan can read them.
+  void (*tabulate)(const std::int16_t* weights, int num_tables, std::uint8_t* tables);
+
+  // For each query h and each key of the groups whose bit is set in `wanted`, at most 32, with sum = sum of weights of the
+  // bits that are set, less that of all negative weights: bounds[h * stride + i] = ((sum + offsets[h]) << shift) *
+  // factors[i], rounded to the upper 16 of 31 bits. tables: [num][num_tables][kTableBytes]; codes: [32][num_pieces]
+  // [kGroupKeys]; factors: [32 * 64]; tops[h * tops_stride + b]: the largest bound of 8 groups, -32768 if none of them is
+  // wanted.
+  void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int num_pieces, int shift,
+               const std::uint8_t* codes, std::uint32_t wanted, const std::int16_t* factors, std::int16_t* bounds,
+               std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);
 
   // Weights of 64 keys, good to a thousandth; 0 of those that are not in `wanted`.
   void (*weigh)(const std::int16_t* bounds, const std::int16_t* factors, const Weigher& weigher, std::uint64_t wanted,

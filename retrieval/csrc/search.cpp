@@ -122,9 +122,9 @@ void Job::scan_chunks(const Unit& unit, const Task& task) {
 void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const ChunkBounds& out) {
   if (scan.chosen[c] == 0) return;
   const CodeGroups& keys = scan.chunk(c).keys;
-  kernels().scan(scan.query.tables.data(), scan.query.keys.offsets, unit.queries.num, keys.shape.dims,
-                 scan.query.keys.shift, reinterpret_cast<const std::uint8_t*>(keys.planes), keys.shape.bits,
-                 scan.chosen[c], keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
+  const CodeReading& reading = scan.query.keys;
+  kernels().scan(reading.tables_of(0), reading.offsets, unit.queries.num, keys.shape.num_pieces(), reading.shift,
+                 keys.codes, scan.chosen[c], keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
 }
 
 // What has been scanned is listed; or what has been listed is cut to what a better key has left of it.
