@@ -24,30 +24,34 @@ struct BitWeights {
 // Of a mapped query. u is twice the code less the code of all ones, and bit p of a coordinate of the code is worth 2^p.
 BitWeights weigh_bits(const float* query, CodeShape shape) {
   BitWeights out;
-  const int num_bits = shape.dims * shape.bits;
-  float largest = 0.0f, sum = 0.0f, piece = 0.0f;
-  for (int i = 0; i < num_bits; ++i) {
-    piece = i % kTableBits == 0 ? 0.0f : piece;
-    piece += std::fabs(query[i / shape.bits]) * static_cast<float>(1 << i % shape.bits);
-    largest = std::max(largest, piece);
+  float exact[kMostWeights] = {};
+  const int num_tables_needed = num_tables(shape.num_pieces());
+  for (int j = 0, i = 0; j < shape.dims; ++j) {
+    for (int p = 0; p < shape.bits; ++p) exact[i++] = query[j] * static_cast<float>(1 << p);
+  }
+  float largest = 0.0f;
+  for (int t = 0; t < num_tables_needed; ++t) {
+    float sum = 0.0f;
+    for (int i = t * kTableBits; i < (t + 1) * kTableBits; ++i) sum += std::fabs(exact[i]);
+    largest = std::max(largest, sum);
   }
   // Rounding may add half a level for each bit.
   const float step = out.step = std::max(largest / static_cast<float>(kTableLevels - kTableBits / 2), 1e-30f);
+  const float inverse = 1.0f / step;
   float squares = 0.0f, too_much = 0.0f;
   int lowest = 0;
-  for (int i = 0; i < num_bits; ++i) {
-    const float exact = query[i / shape.bits] * static_cast<float>(1 << i % shape.bits) / step;
-    const int weight = static_cast<int>(exact + (exact < 0.0f ? -0.5f : 0.5f));
-    const float error = static_cast<float>(weight) - exact;
+  for (int i = 0; i < num_tables_needed * kTableBits; ++i) {
+    const float level = exact[i] * inverse;
+    const int weight = static_cast<int>(level + (level < 0.0f ? -0.5f : 0.5f));
+    const float error = static_cast<float>(weight) - level;
     out.weights[i] = static_cast<std::int16_t>(weight);
     lowest += std::min(0, weight);
     squares += error * error;
     too_much += error;
   }
-  for (int j = 0; j < shape.dims; ++j) sum += query[j];
   const auto top_code = static_cast<float>((1 << shape.bits) - 1);
   // Half of all bits are set.
-  out.least = step * (2.0f * static_cast<float>(lowest) - too_much) - top_code * sum;
+  out.least = step * (2.0f * static_cast<float>(lowest) - too_much) - top_code * std::accumulate(query, query + shape.dims, 0.0f);
   out.rounding = step * std::sqrt(squares);
   return out;
 }
