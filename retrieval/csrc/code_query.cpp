@@ -23,36 +23,42 @@ struct BitWeights {
 
 // Of a mapped query. u is twice the code less the code of all ones, and bit p of a coordinate of the code is worth 2^p.
 BitWeights weigh_bits(const float* query, CodeShape shape) {
+  constexpr int kLanes = 8;
+  static_assert(kTableBits % 2 == 0 && kTableBits % 3 == 0 && kTableBits % kMaxBits == 0 && kTableBits % kLanes == 0);
   BitWeights out;
-  float exact[kMostWeights] = {};
-  const int num_tables_needed = num_tables(shape.num_pieces());
-  for (int j = 0, i = 0; j < shape.dims; ++j) {
-    for (int p = 0; p < shape.bits; ++p) exact[i++] = query[j] * static_cast<float>(1 << p);
-  }
-  float largest = 0.0f;
-  for (int t = 0; t < num_tables_needed; ++t) {
+  const auto top_code = static_cast<float>((1 << shape.bits) - 1);
+  // A table is of whole coordinates.
+  float largest = 0.0f, total = 0.0f;
+  for (int first = 0, each = kTableBits / shape.bits; first < shape.dims; first += each) {
     float sum = 0.0f;
-    for (int i = t * kTableBits; i < (t + 1) * kTableBits; ++i) sum += std::fabs(exact[i]);
-    largest = std::max(largest, sum);
+    for (int j = first; j < std::min(first + each, shape.dims); ++j) {
+      sum += std::fabs(query[j]);
+      total += query[j];
+    }
+    largest = std::max(largest, top_code * sum);
   }
   // Rounding may add half a level for each bit.
-  const float step = out.step = std::max(largest / static_cast<float>(kTableLevels - kTableBits / 2), 1e-30f);
-  const float inverse = 1.0f / step;
-  float squares = 0.0f, too_much = 0.0f;
-  int lowest = 0;
-  for (int i = 0; i < num_tables_needed * kTableBits; ++i) {
-    const float level = exact[i] * inverse;
-    const int weight = static_cast<int>(level + (level < 0.0f ? -0.5f : 0.5f));
-    const float error = static_cast<float>(weight) - level;
-    out.weights[i] = static_cast<std::int16_t>(weight);
-    lowest += std::min(0, weight);
-    squares += error * error;
-    too_much += error;
+  out.step = std::max(largest / static_cast<float>(kTableLevels - kTableBits / 2), 1e-30f);
+  const float inverse = 1.0f / out.step;
+  float exact[kMostWeights] = {}, squares[kLanes] = {};
+  for (int j = 0, i = 0; j < shape.dims; ++j) {
+    for (int p = 0; p < shape.bits; ++p) exact[i++] = query[j] * inverse * static_cast<float>(1 << p);
   }
-  const auto top_code = static_cast<float>((1 << shape.bits) - 1);
-  // Half of all bits are set.
-  out.least = step * (2.0f * static_cast<float>(lowest) - too_much) - top_code * std::accumulate(query, query + shape.dims, 0.0f);
-  out.rounding = step * std::sqrt(squares);
+  int sum = 0, lowest = 0;
+  for (int first = 0; first < num_tables(shape.num_pieces()) * kTableBits; first += kLanes) {
+    for (int i = first; i < first + kLanes; ++i) {
+      const int weight = static_cast<int>(exact[i] + std::copysign(0.5f, exact[i]));
+      const float error = static_cast<float>(weight) - exact[i];
+      out.weights[i] = static_cast<std::int16_t>(weight);
+      squares[i - first] += error * error;
+      sum += weight;
+      lowest += std::min(0, weight);
+    }
+  }
+  // Half of all bits are set, so half of what rounding adds to them.
+  const float too_much = out.step * static_cast<float>(sum) - top_code * total;
+  out.least = 2.0f * out.step * static_cast<float>(lowest) - too_much - top_code * total;
+  out.rounding = out.step * std::sqrt(std::accumulate(squares, squares + kLanes, 0.0f));
   return out;
 }
 
