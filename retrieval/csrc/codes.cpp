@@ -3,12 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <new>
 #include <numeric>
 #include <stdexcept>
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "rotation.h"
 #include "summary.h"
@@ -18,6 +14,7 @@ namespace {
 
 constexpr std::int16_t kLeastLargest = 4096;  // largest factor of a chunk, below which its unit is too coarse for the next
 constexpr std::size_t kMeansTogether = 8;  // chunks
+constexpr std::size_t kKeysShare = 8, kMeansShare = 2;  // one over what may be added at once, and lie idle
 constexpr std::int64_t kEncodeKeys = 512;  // keys per task of append
 
 // Grid step of the finer bits over the deviation of a coordinate: least squared error for a Gaussian (Max 1960).
@@ -43,18 +40,6 @@ void check_shape(int num_kv_heads, int head_dim, int bits) {
 
 }  // namespace
 
-Pages::Pages(std::size_t bytes) {
-  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  bytes_ = (bytes + page - 1) / page * page;
-  void* pointer = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pointer == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<std::byte*>(pointer);
-}
-
-Pages::~Pages() {
-  if (data_ != nullptr) munmap(data_, bytes_);
-}
-
 // Codes of new keys before they are interleaved.
 struct LayerCodes::Encoded {
   std::vector<std::uint8_t> codes;  // [count][shape.dims]
@@ -68,7 +53,8 @@ struct LayerCodes::Encoded {
 };
 
 LayerCodes::LayerCodes(int num_kv_heads, int head_dim, int bits, std::uint64_t seed)
-    : num_kv_heads_(num_kv_heads), head_dim_(head_dim), bits_(bits), seed_(seed) {
+    : num_kv_heads_(num_kv_heads), head_dim_(head_dim), bits_(bits), seed_(seed), key_room_(1, kKeysShare),
+      mean_room_(kMeansTogether, kMeansShare) {
   check_shape(num_kv_heads, head_dim, bits);
   heads_.resize(static_cast<std::size_t>(num_kv_heads));
   for (HeadCodes& head : heads_) head.shape = {head_dim, bits};
@@ -108,9 +94,7 @@ std::int64_t LayerCodes::num_keys() const {
 std::int64_t LayerCodes::nbytes() const {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   auto total = static_cast<std::int64_t>(is_stretched() ? maps_->size() * sizeof(float) : 0);
-  for (const auto* kind : {&key_pages_, &mean_pages_}) {
-    for (const Pages& pages : *kind) total += static_cast<std::int64_t>(pages.bytes());
-  }
+  total += static_cast<std::int64_t>(key_room_.nbytes() + mean_room_.nbytes());
   for (const HeadCodes& head : heads_) {
     const std::size_t num_floats = head.centroid.size() + head.pending.size() + head.scatter.size() +
                                    head.keys.moment.size() + head.means.moment.size();
@@ -122,18 +106,16 @@ std::int64_t LayerCodes::nbytes() const {
 std::int64_t LayerCodes::most_bytes(int num_kv_heads, int head_dim, int bits, std::int64_t num_keys, bool is_stretched) {
   check_shape(num_kv_heads, head_dim, bits);
   const auto heads = static_cast<double>(num_kv_heads), dims = static_cast<double>(head_dim);
-  const auto page = static_cast<double>(sysconf(_SC_PAGESIZE));
   const auto bytes_of = [&](int num_groups, CodeShape shape) {
     return heads * static_cast<double>(CodeGroups::bytes_of(num_groups, shape));
   };
   const CodeShape whole{head_dim, bits};
-  const double keys = bytes_of(kChunkGroups, whole) + page;
-  const double means = bytes_of(1, whole.of_means()) + page / kMeansTogether;
-  const double chunk = keys + means + heads * sizeof(CodeChunk);
   // Maps and the two moments of what is not coded are a stretched head's.
   const double fixed = heads * sizeof(float) * (dims * (1.0 + kRunKeys) + (is_stretched ? 5.0 : 1.0) * dims * dims);
-  // The last chunk may hold one key, and so may the last pages of means.
-  return static_cast<std::int64_t>(fixed + kMeansTogether * means + (static_cast<double>(num_keys) / kChunkKeys + 1.0) * chunk);
+  const double chunks = std::ceil(static_cast<double>(num_keys) / kChunkKeys);
+  const double keys = CodeRoom(1, kKeysShare).most_bytes(chunks, bytes_of(kChunkGroups, whole));
+  const double means = CodeRoom(kMeansTogether, kMeansShare).most_bytes(chunks, bytes_of(1, whole.of_means()));
+  return static_cast<std::int64_t>(fixed + keys + means + chunks * heads * sizeof(CodeChunk));
 }
 
 bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& centroid, std::int64_t first,
@@ -171,23 +153,20 @@ bool LayerCodes::encode(int head, const Rows& keys, const std::vector<float>& ce
 void LayerCodes::add_chunk(HeadCodes& head) {
   const std::size_t at = head.chunks.size();
   CodeChunk& chunk = head.chunks.emplace_back();
-  // Means of some chunks lie together, since a search reads them in a row.
-  const auto place = [&](CodeGroups& groups, int num_groups, auto shape_of, std::vector<Pages>& pages,
-                         std::size_t together) {
+  const auto place = [&](CodeGroups& groups, int num_groups, auto shape_of, CodeRoom& room) {
     groups.num_groups = num_groups;
     groups.shape = shape_of(head);
-    std::size_t before = 0, total = 0;  // bytes of a chunk of the heads before, and of all
+    std::size_t before = 0, total = 0;  // bytes of the heads before, and of all
     for (const HeadCodes& each : heads_) {
       const std::size_t bytes = CodeGroups::bytes_of(num_groups, shape_of(each));
       before += &each < &head ? bytes : 0;
       total += bytes;
     }
-    if (at / together == pages.size()) pages.emplace_back(together * total);
-    groups.codes = reinterpret_cast<std::uint8_t*>(pages[at / together].data() + together * before + at % together * groups.nbytes());
+    groups.codes = reinterpret_cast<std::uint8_t*>(room.chunk(at, total) + before);
     groups.factors = reinterpret_cast<std::int16_t*>(groups.codes + groups.code_bytes());
   };
-  place(chunk.keys, kChunkGroups, [](const HeadCodes& each) { return each.shape; }, key_pages_, 1);
-  place(chunk.means, 1, [](const HeadCodes& each) { return each.shape.of_means(); }, mean_pages_, kMeansTogether);
+  place(chunk.keys, kChunkGroups, [](const HeadCodes& each) { return each.shape; }, key_room_);
+  place(chunk.means, 1, [](const HeadCodes& each) { return each.shape.of_means(); }, mean_room_);
 }
 
 void CodeGroups::follow(const CodeGroups& before) {

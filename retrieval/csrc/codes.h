@@ -22,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "code_room.h"
 #include "distance.h"
 #include "thread_pool.h"
 
@@ -40,22 +41,6 @@ struct CodeShape {
   int num_pieces() const { return dims * bits / 8; }  // bytes of a key
   // That of means, whose errors all keys of a run share.
   CodeShape of_means() const { return {dims, std::min(kMaxBits, std::max(3, bits + 1))}; }
-};
-
-// Memory straight from the system, zeroed, and given back to it: what lives as long as a segment would leave holes
-// between what lives for a call.
-class Pages {
- public:
-  explicit Pages(std::size_t bytes);
-  Pages(Pages&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
-  Pages& operator=(Pages&&) = delete;
-  ~Pages();
-  std::byte* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  std::byte* data_;
-  std::size_t bytes_;  // whole pages
 };
 
 // Codes of some groups of keys: what scan reads.
@@ -165,8 +150,7 @@ class LayerCodes {
   std::shared_ptr<const std::vector<float>> maps_;
   std::int64_t num_keys_ = 0;
   std::vector<HeadCodes> heads_;
-  std::vector<Pages> key_pages_;       // a chunk of every head
-  std::vector<Pages> mean_pages_;      // some chunks of every head
+  CodeRoom key_room_, mean_room_;      // a chunk is one of every head
   std::mutex append_mutex_;            // one writer at a time; taken before mutex_
   mutable std::shared_mutex mutex_;
 };
