@@ -85,7 +85,7 @@ void Job::add_part(Unit& unit, const Part& part, bool is_searched) {
       scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
       scan.crests = arena_.take<std::int16_t>(num * num_chunks);
       scan.peaks = arena_.take<float>(num * num_chunks);
-      scan.stands_for = arena_.take<float>(num_chunks * kChunkGroups);
+      scan.log_times = arena_.take<float>(num_chunks * kChunkGroups);
     }
     const std::int64_t each = unit.is_long ? std::max(kChunksPerLongTask, scan.num_chunks / kLongTasks) : kChunksPerTask;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {

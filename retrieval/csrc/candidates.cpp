@@ -86,9 +86,8 @@ int Refiner::take(std::int64_t c, const ChunkBounds& in, const Taken& taken) con
   }
   // Keys of a group that stands for others are drawn with greater chances.
   for_each_bit(unit_.chooses ? wanted : 0u, [&](int g) {
-    const float stands_for = scan_.weight_of(c, g);
-    if (!(stands_for > 1.0f)) return;
-    const float log_times = std::log(stands_for);
+    const float log_times = scan_.log_times_of(c, g);
+    if (!(log_times > 0.0f)) return;
     for (int h = 0; h < num; ++h) {
       if (takings_[h].draws) floors[h * kChunkGroups + g] = takings_[h].lot.floor_raised(log_times);
     }
@@ -117,25 +116,17 @@ std::int64_t Refiner::refine(std::int64_t c, const ChunkBounds& in) {
   if (!unit_.draws_any()) {
     std::fill_n(inverses, count, 1.0f);  // no group stands for others either
   } else {
-    float chances[kChunkKeys], stand_for[kChunkKeys];
+    float chances[kChunkKeys];  // logarithms
     std::fill_n(chances, count, -kInfinity);
     for (int h = 0; h < num; ++h) raise(takings_[h], taken, h, count, chances);
-    std::fill_n(stand_for, count, 1.0f);
-    float weight = 1.0f, log_weight = 0.0f;  // of the group that key n is in
-    for (int n = 0, group = -1; unit_.chooses && n < count; ++n) {
-      if (slots[n] / kGroupKeys != group) {
-        group = slots[n] / kGroupKeys;
-        weight = scan_.weight_of(c, group);
-        log_weight = weight > 1.0f ? std::log(weight) : 0.0f;
-      }
-      stand_for[n] = weight;
-      chances[n] += log_weight;
-    }
-    for (int n = 0; n < count; ++n) chances[n] = std::min(0.0f, chances[n]);
-    kernels().exponentiate(chances, count, 1.0f, 0.0f, -kInfinity);
-    // The group may have been drawn, and so whatever is found in it.
     for (int n = 0; n < count; ++n) {
-      inverses[n] = stand_for[n] / std::max(chances[n], kLeastChance);
+      // The group may have been drawn, and so whatever is found in it.
+      const float log_times = unit_.chooses ? scan_.log_times_of(c, slots[n] / kGroupKeys) : 0.0f;
+      inverses[n] = std::clamp(chances[n] + log_times, kLogLeastChance, 0.0f) - log_times;
+    }
+    kernels().exponentiate(inverses, count, 1.0f, 0.0f, -kInfinity);
+    for (int n = 0; n < count; ++n) {
+      inverses[n] = 1.0f / inverses[n];
       num_drawn += inverses[n] > 1.0f ? 1 : 0;
     }
   }

@@ -117,7 +117,7 @@ bool means_tell(const Unit& unit, const Budget& budget, float scale) {
 void choose_first(Unit& unit) {
   for (Scan& scan : unit.scans) {
     std::fill_n(scan.chosen, scan.num_chunks, 0u);
-    std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
+    std::fill_n(scan.log_times, scan.num_chunks * kChunkGroups, 0.0f);
   }
   const auto choose = [&](const Scan& scan, std::int64_t c, int g) {
     scan.chosen[c] |= 1u << g;
@@ -154,7 +154,7 @@ void choose_whether(Unit& unit, const Budget& budget, float scale) {
   }
   unit.chooses = 2 * num_chosen <= num_groups;
   if (unit.chooses) return;
-  for (const Scan& scan : unit.scans) std::fill_n(scan.stands_for, scan.num_chunks * kChunkGroups, 1.0f);
+  for (const Scan& scan : unit.scans) std::fill_n(scan.log_times, scan.num_chunks * kChunkGroups, 0.0f);
 }
 
 }  // namespace retrieval

@@ -113,7 +113,7 @@ std::uint32_t GroupLots::draw(std::int64_t c, std::uint32_t left_out) {
         chance = std::max(chance, lots_[n].log_chance(levels_of(n)[each], chunk.means.factors[each]));
       }
     }
-    scan_.stands_for[c * kChunkGroups + g] = 1.0f / std::max(kLeastChance, std::exp(std::min(0.0f, chance)));
+    scan_.log_times[c * kChunkGroups + g] = -std::clamp(chance, kLogLeastChance, 0.0f);
   });
   return drawn;
 }

@@ -12,7 +12,7 @@
 namespace retrieval {
 
 inline constexpr std::int64_t kNumLucks = 8192;
-inline constexpr float kLeastChance = 1.0f / kNumLucks;
+inline constexpr float kLogLeastChance = -9.01091335f;  // of 1 / kNumLucks
 
 // Luck of kChunkKeys keys in order, of which the first has number `start`.
 const std::int16_t* lucks_of_keys(std::int64_t start);

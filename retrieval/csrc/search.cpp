@@ -104,7 +104,7 @@ void Job::look_first(Unit& unit) {
 
 void Job::scan_all(Unit& unit) {
   unit.is_long = false;
-  for (Scan& scan : unit.scans) scan.stands_for = nullptr;
+  for (Scan& scan : unit.scans) scan.log_times = nullptr;
 }
 
 void Job::prepare(Unit& unit) {

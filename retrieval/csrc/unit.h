@@ -73,7 +73,7 @@ struct Scan {
   std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] estimates of the means of runs
   std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
   float* peaks = nullptr;          // [num][num_chunks] the same as scores
-  float* stands_for = nullptr;     // [num_chunks * kChunkGroups] how many groups like it a scanned one stands for
+  float* log_times = nullptr;      // [num_chunks * kChunkGroups] logarithm of how many groups like it a scanned one stands for
   std::vector<Found> found;                   // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
   std::vector<float> inverses;                // Found::inverses of each
@@ -94,8 +94,8 @@ struct Scan {
   std::uint64_t visible(std::int64_t i, int g) const {
     return (chosen[i] >> g & 1u) != 0 ? range_mask(first_key(i) + g * kGroupKeys, begin, end) : 0;
   }
-  float weight_of(std::int64_t i, int g) const {
-    return stands_for != nullptr ? stands_for[i * kChunkGroups + g] : 1.0f;
+  float log_times_of(std::int64_t i, int g) const {
+    return log_times != nullptr ? log_times[i * kChunkGroups + g] : 0.0f;
   }
 
   // How bounds of chunk i become weights relative to a key of score `best`.
