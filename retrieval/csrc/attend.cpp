@@ -32,16 +32,23 @@ Scratch& callers_scratch() {
 
 }  // namespace
 
-Job::~Job() {
-  for (Unit& unit : units_) {
-    for (Scan& scan : unit.scans) {
-      for (Found& found : scan.found) scratch_.give_back(std::move(found));
-    }
-  }
+std::size_t add_partial(Desk& desk) {
+  const Unit& unit = desk.unit;
+  Partial partial;
+  std::fill_n(partial.top, kMaxGroup, -kInfinity);
+  std::fill_n(partial.sum, kMaxGroup, 0.0f);
+  const auto size = static_cast<std::size_t>(unit.queries.num * unit.queries.head_dim);
+  partial.acc = desk.arena.take<float>(size);
+  std::fill_n(partial.acc, size, 0.0f);
+  desk.unit.partials.push_back(partial);
+  return unit.partials.size() - 1;
 }
 
-// Codes may be shared by sequences; each is locked once, in address order.
-void Job::lock(const std::vector<std::vector<const Part*>>& parts) {
+Job::Job(const LayerQueries& queries, const std::vector<std::vector<const Part*>>& parts, float scale,
+         const Budget& budget, Scratch& scratch, bool will_list, int first_kv_head)
+    : queries_(queries), parts_(parts), scale_(scale), budget_(budget), scratch_(scratch), will_list_(will_list),
+      first_kv_head_(first_kv_head), has_ranks_(will_list || budget.k > 0 || budget.min_keys > 1) {
+  // Codes may be shared by sequences; each is locked once, in address order.
   std::set<const LayerCodes*> codes;
   for (const auto& sequence : parts) {
     for (const Part* part : sequence) {
@@ -49,26 +56,35 @@ void Job::lock(const std::vector<std::vector<const Part*>>& parts) {
     }
   }
   for (const LayerCodes* each : codes) locks_.emplace_back(each->mutex());
+  const int group = queries.num_q_heads / queries.num_kv_heads;
+  for (int seq = 0; seq < queries.num_seqs; ++seq) {
+    for (int head = 0; head < queries.num_q_heads; head += places_.back().num) {
+      places_.push_back({seq, head, std::min(kMaxGroup, group - head % group)});
+    }
+  }
+  scratch.provide(places_.size());
 }
 
-std::size_t Job::add_partial(Unit& unit) {
-  Partial partial;
-  std::fill_n(partial.top, kMaxGroup, -kInfinity);
-  std::fill_n(partial.sum, kMaxGroup, 0.0f);
-  const auto size = static_cast<std::size_t>(unit.queries.num * unit.queries.head_dim);
-  partial.acc = arena_.take<float>(size);
-  std::fill_n(partial.acc, size, 0.0f);
-  unit.partials.push_back(partial);
-  return unit.partials.size() - 1;
+// Whether all is attended exactly, and waking a worker takes longer.
+bool Job::is_small() const {
+  std::int64_t num_keys = 0;
+  for (const auto& sequence : parts_) {
+    for (const Part* part : sequence) {
+      if (will_list_ || coded_end(*part) > part->begin) return false;
+      num_keys += std::max<std::int64_t>(0, part->end - part->begin);
+    }
+  }
+  return num_keys * queries_.num_q_heads * queries_.head_dim <= kSmallProducts;
 }
 
-void Job::add_part(Unit& unit, const Part& part, bool is_searched) {
+void Job::add_part(Desk& desk, const Part& part, bool is_searched) const {
+  auto& [unit, arena] = desk;
   const std::int64_t num_heads = unit.queries.num;
   if (part.end <= part.begin) return;
   unit.stats.num_visible += num_heads * (part.end - part.begin);
   const std::int64_t coded = is_searched ? coded_end(part) : part.begin;
   if (coded > part.begin || will_list_) {
-    Scan scan;
+    Scan scan = unit.next_scan();
     scan.part = &part;
     scan.codes = part.codes ? &part.codes->head(unit.kv_head) : nullptr;
     scan.begin = part.begin;
@@ -76,22 +92,23 @@ void Job::add_part(Unit& unit, const Part& part, bool is_searched) {
     scan.listed_end = will_list_ ? part.end : coded;
     scan.first_chunk = part.begin / kChunkKeys;
     scan.num_chunks = coded > part.begin ? (coded + kChunkKeys - 1) / kChunkKeys - scan.first_chunk : 0;
-    scan.bounds = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.stride()));
-    scan.tops = arena_.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.tops_stride()));
-    scan.chosen = arena_.take<std::uint32_t>(static_cast<std::size_t>(scan.num_chunks));
+    scan.bounds = arena.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.stride()));
+    scan.tops = arena.take<std::int16_t>(static_cast<std::size_t>(num_heads * scan.tops_stride()));
+    scan.chosen = arena.take<std::uint32_t>(static_cast<std::size_t>(scan.num_chunks));
     std::fill_n(scan.chosen, scan.num_chunks, ~0u);
     const auto num_chunks = static_cast<std::size_t>(scan.num_chunks), num = static_cast<std::size_t>(num_heads);
     if (unit.is_long) {
-      scan.levels = arena_.take<std::int16_t>(num * num_chunks * kChunkRuns);
-      scan.crests = arena_.take<std::int16_t>(num * num_chunks);
-      scan.peaks = arena_.take<float>(num * num_chunks);
-      scan.log_times = arena_.take<float>(num_chunks * kChunkGroups);
+      scan.levels = arena.take<std::int16_t>(num * num_chunks * kChunkRuns);
+      scan.crests = arena.take<std::int16_t>(num * num_chunks);
+      scan.peaks = arena.take<float>(num * num_chunks);
+      scan.log_times = arena.take<float>(num_chunks * kChunkGroups);
     }
     const std::int64_t each = unit.is_long ? std::max(kChunksPerLongTask, scan.num_chunks / kLongTasks) : kChunksPerTask;
+    std::size_t slot = 0;
     for (std::int64_t c = 0; c < scan.num_chunks; c += each) {
-      unit.scan_tasks.push_back({unit.scans.size(), scan.found.size(), c, std::min(c + each, scan.num_chunks)});
-      scan.found.push_back(scratch_.take());
+      unit.scan_tasks.push_back({unit.scans.size(), slot++, c, std::min(c + each, scan.num_chunks)});
     }
+    scan.found.resize(slot);
     unit.scans.push_back(std::move(scan));
   }
   if (will_list_) return;
@@ -100,37 +117,28 @@ void Job::add_part(Unit& unit, const Part& part, bool is_searched) {
     unit.stats.num_scored += num_heads * (part.end - coded);
     unit.stats.bytes_read += 2 * row_bytes * (part.end - coded);
     for (std::int64_t first = coded; first < part.end; first += kExactKeys) {
-      unit.exact_tasks.push_back({unit.exact.size(), add_partial(unit), first, std::min(first + kExactKeys, part.end)});
+      unit.exact_tasks.push_back({unit.exact.size(), add_partial(desk), first, std::min(first + kExactKeys, part.end)});
     }
     unit.exact.push_back(&part);
   }
 }
 
-void Job::plan(const std::vector<std::vector<const Part*>>& parts) {
-  lock(parts);
+// By the thread whose unit it is.
+void Job::plan(Desk& desk, const Place& place) const {
   const int group = queries_.num_q_heads / queries_.num_kv_heads;
-  for (int seq = 0; seq < queries_.num_seqs; ++seq) {
-    const auto& sequence = parts[static_cast<std::size_t>(seq)];
-    std::int64_t num_coded = 0;
-    for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-    const bool is_long = budget_.reach > 0.0f && !has_ranks_ &&
-                         num_coded * group * queries_.head_dim >= budget_.reach_products;
-    const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
-    for (int head = 0; head < queries_.num_q_heads;) {
-      const int num = std::min(kMaxGroup, group - head % group);
-      const auto at = static_cast<std::size_t>((seq * queries_.num_q_heads + head) * queries_.head_dim);
-      Unit unit;
-      unit.kv_head = first_kv_head_ + head / group;
-      unit.is_long = is_long;
-      unit.first_row = seq * queries_.num_q_heads + head;
-      unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, num, queries_.head_dim};
-      for (const Part* part : sequence) add_part(unit, *part, is_searched);
-      units_.push_back(std::move(unit));
-      head += num;
-    }
-  }
-  const bool is_exact = std::all_of(units_.begin(), units_.end(), [](const Unit& unit) { return unit.scan_tasks.empty(); });
-  is_small_ = is_exact && !will_list_ && stats().num_scored * queries_.head_dim <= kSmallProducts;
+  const auto& sequence = parts_[static_cast<std::size_t>(place.seq)];
+  std::int64_t num_coded = 0;
+  for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
+  const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
+  desk.arena.reset();
+  desk.unit = Unit::after(std::move(desk.unit));
+  Unit& unit = desk.unit;
+  unit.kv_head = first_kv_head_ + place.head / group;
+  unit.is_long = budget_.reach > 0.0f && !has_ranks_ && num_coded * group * queries_.head_dim >= budget_.reach_products;
+  unit.first_row = place.seq * queries_.num_q_heads + place.head;
+  const auto at = static_cast<std::size_t>(unit.first_row * queries_.head_dim);
+  unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, place.num, queries_.head_dim};
+  for (const Part* part : sequence) add_part(desk, *part, is_searched);
 }
 
 void Job::weigh(Unit& unit, std::size_t i) {
@@ -165,33 +173,33 @@ void Job::merge(Unit& unit, float* out, float* lse) const {
 
 AttendStats Job::stats() const {
   AttendStats total;
-  for (const Unit& unit : units_) {
-    total.num_visible += unit.stats.num_visible;
-    total.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, unit.stats.num_scored);
-    total.num_retrieved += unit.stats.num_retrieved;
-    total.num_drawn += unit.stats.num_drawn;
-    total.bytes_read += unit.stats.bytes_read;
+  for (std::size_t i = 0; i < num_units(); ++i) {
+    const AttendStats& stats = unit(i).stats;
+    total.num_visible += stats.num_visible;
+    total.num_scored += stats.num_scored;
+    total.num_retrieved += stats.num_retrieved;
+    total.num_drawn += stats.num_drawn;
+    total.bytes_read += stats.bytes_read;
   }
   return total;
 }
 
 AttendStats attend_layer(const LayerQueries& queries, const std::vector<std::vector<const Part*>>& parts, float scale,
                          const Budget& budget, ThreadPool& pool, float* out, float* lse) {
-  Job job(queries, scale, budget, pool, callers_scratch(), false);
-  job.plan(parts);
-  job.run(budget.k, out, lse);
+  Job job(queries, parts, scale, budget, callers_scratch(), false);
+  job.run(pool, budget.k, out, lse);
   return job.stats();
 }
 
 AttendStats search_part(const LayerQueries& queries, const Part& part, int kv_head, int k, const Budget& budget,
                         ThreadPool& pool, std::int64_t* positions, float* scores) {
-  Job job(queries, 1.0f, budget, pool, callers_scratch(), true, kv_head);
-  job.plan({{&part}});
-  job.run(k, nullptr, nullptr);
+  const std::vector<std::vector<const Part*>> parts{{&part}};
+  Job job(queries, parts, 1.0f, budget, callers_scratch(), true, kv_head);
+  job.run(pool, k, nullptr, nullptr);
   std::fill_n(positions, std::int64_t{queries.num_q_heads} * k, std::int64_t{-1});
   std::fill_n(scores, std::int64_t{queries.num_q_heads} * k, -kInfinity);
-  pool.run(static_cast<std::int64_t>(job.units().size()), [&](std::int64_t u) {
-    const Unit& unit = job.units()[static_cast<std::size_t>(u)];
+  pool.run(static_cast<std::int64_t>(job.num_units()), [&](std::int64_t u) {
+    const Unit& unit = job.unit(static_cast<std::size_t>(u));
     if (unit.scans.empty()) return;
     const Scan& scan = unit.scans.front();
     const std::size_t count = scan.positions.size();

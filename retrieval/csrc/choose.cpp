@@ -74,7 +74,7 @@ void score_means(Unit& unit, const Task& task) {
     const CodeGroups& means = scan.chunk(c).means;
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     const CodeReading& reading = scan.query.means;
-    kernels().scan(reading.tables_of(0), reading.offsets, unit.queries.num, means.shape.num_pieces(), reading.shift,
+    kernels().scan(reading.tables, reading.offsets, unit.queries.num, means.shape.num_pieces(), reading.shift,
                    means.codes, 1u, means.factors,
                    scan.levels + c * kChunkRuns, scan.num_chunks * kChunkRuns, tops, kBlocksPerChunk);
     for (int h = 0; h < unit.queries.num; ++h) {

@@ -64,7 +64,7 @@ BitWeights weigh_bits(const float* query, CodeShape shape) {
 
 }  // namespace
 
-CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations) {
+CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations, Arena& arena) {
   const int dims = codes.head_dim();
   const HeadCodes& held = codes.head(head);
   const int num_coded = held.shape.dims;
@@ -83,13 +83,13 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
     const bool is_of_keys = reading == &out.keys;
     const CodeShape shape = is_of_keys ? held.shape : held.shape.of_means();
     const int tables = num_tables(shape.num_pieces());
-    reading->tables = allocate_aligned(static_cast<std::size_t>(queries.num * tables * kTableBytes));
+    reading->tables = arena.take<std::uint8_t>(static_cast<std::size_t>(queries.num * tables * kTableBytes));
     const auto most = static_cast<float>(tables * kTableLevels);
     float offsets[kMaxGroup], largest = 1.0f;
     for (int h = 0; h < queries.num; ++h) {
       const float* rotated = mapped + h * dims;
       const BitWeights bits = weigh_bits(rotated, shape);
-      kernels().tabulate(bits.weights, tables, reading->tables_of(h * tables));
+      kernels().tabulate(bits.weights, tables, reading->tables + h * tables * kTableBytes);
       // |u| sqrt((1 - a^2) / (d - 1)) is 0.60 to 0.65 on average for 1 to 4 bits, give or take 0.05.
       constexpr float kMeanError = 0.63f, kLargeError = 0.7f;
       const float left_out = uncoded_deviation(is_of_keys ? held.keys : held.means, rotated + num_coded, dims - num_coded);

@@ -11,14 +11,12 @@ namespace retrieval {
 
 // How the sums that scan finds in codes of so many bits become scores, and how far off they may be.
 struct CodeReading {
-  AlignedBytes tables;  // [num][num_tables][kTableBytes]
+  std::uint8_t* tables = nullptr;   // [num][num_tables][kTableBytes], of the arena
   std::int16_t offsets[kMaxGroup] = {};
   int shift = 0;
   float slope[kMaxGroup] = {};      // bound = base + slope * unit * integer bound
   float lift[kMaxGroup] = {};       // what was added to <u, q'> to make an estimate a bound
   float deviation[kMaxGroup] = {};  // of <u, q'> from its estimate
-
-  std::uint8_t* tables_of(int number) const { return reinterpret_cast<std::uint8_t*>(tables.get()) + number * kTableBytes; }
 };
 
 // A group's queries against the codes of one head: what scans and weights need.
@@ -32,6 +30,6 @@ struct CodeQuery {
 };
 
 // deviations: how many standard deviations above its estimate a key may score and still be found.
-CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations);
+CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& queries, float deviations, Arena& arena);
 
 }  // namespace retrieval

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
 #include <shared_mutex>
 #include <vector>
 
@@ -17,34 +16,32 @@ namespace retrieval {
 
 class Job {
  public:
-  // With will_list, keys without codes become candidates instead of being attended.
-  Job(const LayerQueries& queries, float scale, const Budget& budget, ThreadPool& pool, Scratch& scratch, bool will_list,
-      int first_kv_head = 0)
-      : queries_(queries), scale_(scale), budget_(budget), pool_(pool), scratch_(scratch), arena_(scratch.arena),
-        will_list_(will_list), first_kv_head_(first_kv_head),
-        has_ranks_(will_list || budget.k > 0 || budget.min_keys > 1) {
-    arena_.reset();
-  }
+  // Parts by sequence. With will_list, keys without codes become candidates instead of being attended.
+  Job(const LayerQueries& queries, const std::vector<std::vector<const Part*>>& parts, float scale, const Budget& budget,
+      Scratch& scratch, bool will_list, int first_kv_head = 0);
   Job(const Job&) = delete;
-  ~Job();
+  ~Job() { scratch_.tidy(); }
 
-  void plan(const std::vector<std::vector<const Part*>>& parts);
   // Searches all units, with k = 0 for all that matters, and where results are wanted weighs what was found.
-  void run(int k, float* out, float* lse);
+  void run(ThreadPool& pool, int k, float* out, float* lse);
   AttendStats stats() const;
-  const std::vector<Unit>& units() const { return units_; }
+  std::size_t num_units() const { return places_.size(); }
+  const Unit& unit(std::size_t at) const { return scratch_.desk(at).unit; }
 
  private:
   enum Stage : int { kBegin, kMeans, kScan, kFloors, kList, kScore, kWeigh, kMerge };
+  struct Place {
+    int seq, head, num;  // query heads [head, head + num)
+  };
 
-  void lock(const std::vector<std::vector<const Part*>>& parts);
-  void add_part(Unit& unit, const Part& part, bool is_searched);
-  std::size_t add_partial(Unit& unit);
+  bool is_small() const;
   // The stages of a unit: what comes before one, and how many tasks it has; and a task of it.
-  std::int64_t advance(Unit& unit, int stage, int k, float* out, float* lse);
-  void work(Unit& unit, int stage, std::size_t i, int k);
+  std::int64_t advance(std::size_t at, int stage, int k, float* out, float* lse);
+  void work(Desk& desk, int stage, std::size_t i, int k);
 
-  void prepare(Unit& unit);
+  void plan(Desk& desk, const Place& place) const;
+  void add_part(Desk& desk, const Part& part, bool is_searched) const;
+  void prepare(Desk& desk) const;
   void look_first(Unit& unit);
   void scan_all(Unit& unit);
   void scan_chunks(const Unit& unit, const Task& task);
@@ -53,25 +50,22 @@ class Job {
   void list_chunks(Unit& unit, const Task& task);
   void count_found(Unit& unit);  // and codes that have been scanned
   void gather(Unit& unit);
-  void share_out(Unit& unit);
+  void share_out(Desk& desk) const;
   void score(Unit& unit, const Task& task);
   void settle_floor(Unit& unit, int k);
   void weigh(Unit& unit, std::size_t i);
   void merge(Unit& unit, float* out, float* lse) const;
 
   const LayerQueries& queries_;
+  const std::vector<std::vector<const Part*>>& parts_;
   const float scale_;
   const Budget& budget_;
-  ThreadPool& pool_;
   Scratch& scratch_;
-  Arena& arena_;
   const bool will_list_;
-  bool is_small_ = false;  // waking a worker takes longer than all the work
   const int first_kv_head_;
   const bool has_ranks_;  // all candidates' scores are needed at once, to find the k best
   std::vector<std::shared_lock<std::shared_mutex>> locks_;
-  std::vector<Unit> units_;
-  std::mutex arena_mutex_;  // once units run
+  std::vector<Place> places_;  // of units
 };
 
 }  // namespace retrieval

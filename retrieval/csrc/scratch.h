@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstddef>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "arena.h"
@@ -10,31 +10,45 @@
 
 namespace retrieval {
 
+// What a unit works with. Units of the same number are mostly some thread's own, whose cache then holds it: what another
+// thread has written takes it as long to read as memory does, and longer where the two share no cache.
+struct Desk {
+  Unit unit;
+  Arena arena;
+};
+// A place for the sums over some keys, which begin at none.
+std::size_t add_partial(Desk& desk);
+
 // Of one calling thread.
 class Scratch {
  public:
-  Scratch() { spare_.reserve(kMostSpare); }
-  Arena arena;
-
-  Found take() {
-    if (spare_.empty()) return {};
-    Found found = std::move(spare_.back());
-    spare_.pop_back();
-    return found;
+  // The first `count`, as the calls before have left them.
+  void provide(std::size_t count) {
+    while (desks_.size() < count) desks_.push_back(std::make_unique<Desk>());
+    num_provided_ = count;
   }
-  // Lists that have grown far beyond the usual are not kept.
-  void give_back(Found&& found) {
-    if (found.positions.capacity() > 8 * kUsualCandidates || spare_.size() >= kMostSpare) return;
-    found.positions.clear();
-    found.inverses.clear();
-    found.bounds.clear();
-    found.counts.clear();
-    spare_.push_back(std::move(found));
+  Desk& desk(std::size_t at) { return *desks_[at]; }
+  const Desk& desk(std::size_t at) const { return *desks_[at]; }
+
+  // Of a call that ends. Where other calls have needed much more, their desks are cleared.
+  void tidy() {
+    std::size_t used = 0, held = 0;
+    for (std::size_t i = 0; i < desks_.size(); ++i) {
+      used += i < num_provided_ ? desks_[i]->arena.used_bytes() : 0;
+      held += desks_[i]->arena.held_bytes();
+    }
+    if (held <= 2 * used + kSpareBytes) return;
+    for (std::size_t i = 0; i < desks_.size(); ++i) {
+      Arena& arena = desks_[i]->arena;
+      const std::size_t needed = i < num_provided_ ? arena.used_bytes() : 0;
+      if (arena.held_bytes() > 2 * needed) arena.release();
+    }
   }
 
  private:
-  static constexpr std::size_t kMostSpare = 256;
-  std::vector<Found> spare_;
+  static constexpr std::size_t kSpareBytes = std::size_t{8} << 20;
+  std::vector<std::unique_ptr<Desk>> desks_;
+  std::size_t num_provided_ = 0;
 };
 
 }  // namespace retrieval

@@ -1,6 +1,6 @@
 #include <algorithm>
 #include <cstdint>
-#include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "candidates.h"
@@ -17,13 +17,13 @@ namespace {
 constexpr std::int64_t kGroupsAhead = 24;  // chosen, and on their way from memory, before they are scanned
 
 void begin(const Unit& unit, const Task& task, Found& found) {
+  found.clear();
   for (int h = 0; h < unit.queries.num; ++h) {
     found.best[h] = unit.best[h];
     found.listed[h] = unit.listed[h];
     found.draws[h] = unit.draws[h] > 0.0f;
     found.num_probed[h] = 0;
   }
-  found.num_drawn = 0;
   found.positions.reserve(kUsualCandidates);
   found.inverses.reserve(kUsualCandidates);
   found.bounds.reserve(4 * kUsualCandidates);
@@ -32,7 +32,10 @@ void begin(const Unit& unit, const Task& task, Found& found) {
 
 }  // namespace
 
-std::int64_t Job::advance(Unit& unit, int stage, int k, float* out, float* lse) {
+std::int64_t Job::advance(std::size_t at, int stage, int k, float* out, float* lse) {
+  Desk& desk = scratch_.desk(at);
+  Unit& unit = desk.unit;
+  if (stage == kBegin) plan(desk, places_[at]);
   const auto num_scans = static_cast<std::int64_t>(unit.scan_tasks.size());
   switch (stage) {
     case kBegin:
@@ -53,21 +56,23 @@ std::int64_t Job::advance(Unit& unit, int stage, int k, float* out, float* lse) 
     case kScore:
       count_found(unit);
       gather(unit);
-      share_out(unit);
+      share_out(desk);
       return has_ranks_ ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
     case kWeigh:
       if (has_ranks_) settle_floor(unit, k);
       return out != nullptr ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
     default:
+      unit.stats.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, std::int64_t{0});
       if (out != nullptr) merge(unit, out, lse);
       return Chains::kEnd;
   }
 }
 
-void Job::work(Unit& unit, int stage, std::size_t i, int k) {
+void Job::work(Desk& desk, int stage, std::size_t i, int k) {
+  Unit& unit = desk.unit;
   switch (stage) {
     case kBegin:
-      return i < unit.exact_tasks.size() ? attend_exactly(unit, unit.exact_tasks[i], scale_) : prepare(unit);
+      return i < unit.exact_tasks.size() ? attend_exactly(unit, unit.exact_tasks[i], scale_) : prepare(desk);
     case kMeans:
       return score_means(unit, unit.scan_tasks[i]);
     case kScan:
@@ -83,11 +88,11 @@ void Job::work(Unit& unit, int stage, std::size_t i, int k) {
   }
 }
 
-void Job::run(int k, float* out, float* lse) {
+void Job::run(ThreadPool& pool, int k, float* out, float* lse) {
   Chains chains(
-      units_.size(), [=](std::size_t u, int stage) { return advance(units_[u], stage, k, out, lse); },
-      [=](std::size_t u, int stage, std::int64_t i) { work(units_[u], stage, static_cast<std::size_t>(i), k); });
-  is_small_ ? chains.run_alone() : chains.run(pool_);
+      num_units(), [=](std::size_t u, int stage) { return advance(u, stage, k, out, lse); },
+      [=](std::size_t u, int stage, std::int64_t i) { work(scratch_.desk(u), stage, static_cast<std::size_t>(i), k); });
+  is_small() ? chains.run_alone() : chains.run(pool);
 }
 
 // A long search looks at some groups of keys, and then for what can matter by what they have shown.
@@ -107,10 +112,10 @@ void Job::scan_all(Unit& unit) {
   for (Scan& scan : unit.scans) scan.log_times = nullptr;
 }
 
-void Job::prepare(Unit& unit) {
-  for (Scan& scan : unit.scans) {
+void Job::prepare(Desk& desk) const {
+  for (Scan& scan : desk.unit.scans) {
     if (scan.num_chunks == 0) continue;
-    scan.query = prepare_query(*scan.part->codes, unit.kv_head, unit.queries, budget_.deviations);
+    scan.query = prepare_query(*scan.part->codes, desk.unit.kv_head, desk.unit.queries, budget_.deviations, desk.arena);
   }
 }
 
@@ -123,7 +128,7 @@ void Job::scan_chunk(const Unit& unit, const Scan& scan, std::int64_t c, const C
   if (scan.chosen[c] == 0) return;
   const CodeGroups& keys = scan.chunk(c).keys;
   const CodeReading& reading = scan.query.keys;
-  kernels().scan(reading.tables_of(0), reading.offsets, unit.queries.num, keys.shape.num_pieces(), reading.shift,
+  kernels().scan(reading.tables, reading.offsets, unit.queries.num, keys.shape.num_pieces(), reading.shift,
                  keys.codes, scan.chosen[c], keys.factors, out.bounds, out.stride, out.tops, out.tops_stride);
 }
 
@@ -182,16 +187,16 @@ void Job::gather(Unit& unit) {
   }
 }
 
-void Job::share_out(Unit& unit) {
-  const std::lock_guard<std::mutex> lock(arena_mutex_);
+void Job::share_out(Desk& desk) const {
+  Unit& unit = desk.unit;
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     Scan& scan = unit.scans[s];
     const auto count = static_cast<std::int64_t>(scan.positions.size());
-    if (has_ranks_) scan.scores = arena_.take<float>(static_cast<std::size_t>(unit.queries.num * count));
+    if (has_ranks_) scan.scores = desk.arena.take<float>(static_cast<std::size_t>(unit.queries.num * count));
     unit.stats.num_scored += unit.queries.num * count;
     unit.stats.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
     for (std::int64_t first = 0; first < count; first += kTileKeys) {
-      unit.score_tasks.push_back({s, add_partial(unit), first, std::min<std::int64_t>(first + kTileKeys, count)});
+      unit.score_tasks.push_back({s, add_partial(desk), first, std::min<std::int64_t>(first + kTileKeys, count)});
     }
   }
   unit.weighed.resize(unit.score_tasks.size());

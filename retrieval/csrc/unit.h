@@ -48,6 +48,16 @@ struct Found {
   bool draws[kMaxGroup];
   std::int64_t num_probed[kMaxGroup] = {};   // keys scored to know the best
   std::int64_t num_drawn = 0;
+
+  // Nothing has been found. Lists that have grown far beyond the usual are not kept.
+  void clear() {
+    if (positions.capacity() > 8 * kUsualCandidates) *this = {};
+    positions.clear();
+    inverses.clear();
+    bounds.clear();
+    counts.clear();
+    num_drawn = 0;
+  }
 };
 
 // Integer bounds of a chunk, each head's a stride apart.
@@ -60,11 +70,11 @@ struct ChunkBounds {
 
 // One searched part, seen by one unit.
 struct Scan {
-  const Part* part;
-  const HeadCodes* codes;
-  std::int64_t begin, end;  // searched through the codes
-  std::int64_t listed_end;  // candidates without a search: [end, listed_end)
-  std::int64_t first_chunk, num_chunks;
+  const Part* part = nullptr;
+  const HeadCodes* codes = nullptr;
+  std::int64_t begin = 0, end = 0;  // searched through the codes
+  std::int64_t listed_end = 0;      // candidates without a search: [end, listed_end)
+  std::int64_t first_chunk = 0, num_chunks = 0;
   CodeQuery query;
   std::int16_t* bounds = nullptr;  // [num][num_chunks * kChunkKeys]
   std::int16_t* tops = nullptr;    // [num][num_chunks * kBlocksPerChunk]
@@ -79,6 +89,18 @@ struct Scan {
   std::vector<float> inverses;                // Found::inverses of each
   float* scores = nullptr;                    // [num][positions.size()]
 
+  // A scan that goes on using the lists of one that is over.
+  static Scan after(Scan&& last) {
+    Scan scan;
+    if (last.positions.capacity() <= 8 * kUsualCandidates) {
+      scan.positions = std::move(last.positions);
+      scan.inverses = std::move(last.inverses);
+      scan.positions.clear();
+      scan.inverses.clear();
+    }
+    scan.found = std::move(last.found);
+    return scan;
+  }
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
   std::int64_t tops_stride() const { return num_chunks * kBlocksPerChunk; }
   ChunkBounds bounds_of(std::int64_t i) const {
@@ -125,7 +147,7 @@ struct Unit {
   std::int64_t first_row = 0;  // of out and lse
   Queries queries;
   std::vector<const Part*> exact;
-  std::vector<Scan> scans;
+  std::vector<Scan> scans, spare_scans;
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   std::vector<Task> exact_tasks, scan_tasks, score_tasks;
   std::vector<std::pair<std::int64_t, std::int64_t>> weighed;  // by score task: scores that entered the output, and keys
@@ -145,6 +167,31 @@ struct Unit {
   std::int64_t start = 0;       // of luck in draws
   float group_floor[kMaxGroup] = {};  // groups that cannot reach it are not scanned for the head
   float group_certain[kMaxGroup] = {};  // and is drawn for it, for certain where a mean reaches this; infinite: is not
+
+  // A unit that goes on using the lists of one that is over.
+  static Unit after(Unit&& last) {
+    Unit unit;
+    const auto keep_room = [](auto& to, auto& from) {
+      from.clear();
+      to = std::move(from);
+    };
+    keep_room(unit.exact, last.exact);
+    keep_room(unit.partials, last.partials);
+    keep_room(unit.exact_tasks, last.exact_tasks);
+    keep_room(unit.scan_tasks, last.scan_tasks);
+    keep_room(unit.score_tasks, last.score_tasks);
+    keep_room(unit.weighed, last.weighed);
+    unit.spare_scans = std::move(last.spare_scans);
+    for (Scan& scan : last.scans) unit.spare_scans.push_back(std::move(scan));
+    keep_room(unit.scans, last.scans);
+    return unit;
+  }
+  Scan next_scan() {
+    if (spare_scans.empty()) return {};
+    Scan scan = Scan::after(std::move(spare_scans.back()));
+    spare_scans.pop_back();
+    return scan;
+  }
 
   // Deviation of a key's score from that of its run's mean.
   float own(int h) const {
