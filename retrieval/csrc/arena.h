@@ -43,10 +43,11 @@ class Arena {
     blocks_.clear();
     size_ = used_ = base_ = 0;
   }
-  // Everything taken is void; one block from now on.
+  // Everything taken is void; one block from now on, with some room for calls that need more.
   void reset() {
     if (blocks_.size() > 1) {
       blocks_.clear();
+      size_ = used_ + used_ / 8;
       blocks_.push_back(allocate_aligned(size_));
     }
     used_ = base_ = 0;

@@ -30,25 +30,30 @@ class Scratch {
   Desk& desk(std::size_t at) { return *desks_[at]; }
   const Desk& desk(std::size_t at) const { return *desks_[at]; }
 
-  // Of a call that ends. Where other calls have needed much more, their desks are cleared.
+  // Of a call that ends. Where it is long since a call has needed nearly as much as is held, desks are cleared.
   void tidy() {
     std::size_t used = 0, held = 0;
     for (std::size_t i = 0; i < desks_.size(); ++i) {
       used += i < num_provided_ ? desks_[i]->arena.used_bytes() : 0;
       held += desks_[i]->arena.held_bytes();
     }
-    if (held <= 2 * used + kSpareBytes) return;
+    num_wasteful_ = held > kMostHeld * used + kSpareBytes ? num_wasteful_ + 1 : 0;
+    if (num_wasteful_ < kPatience) return;
+    num_wasteful_ = 0;
     for (std::size_t i = 0; i < desks_.size(); ++i) {
       Arena& arena = desks_[i]->arena;
       const std::size_t needed = i < num_provided_ ? arena.used_bytes() : 0;
-      if (arena.held_bytes() > 2 * needed) arena.release();
+      if (arena.held_bytes() > kMostHeld * needed) arena.release();
     }
   }
 
  private:
   static constexpr std::size_t kSpareBytes = std::size_t{8} << 20;
+  static constexpr std::size_t kMostHeld = 3;   // times what is used
+  static constexpr int kPatience = 256;         // calls
   std::vector<std::unique_ptr<Desk>> desks_;
   std::size_t num_provided_ = 0;
+  int num_wasteful_ = 0;  // calls in a row
 };
 
 }  // namespace retrieval
