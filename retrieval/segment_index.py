@@ -61,7 +61,7 @@ class HeadIndexes(SegmentIndex):
 
 @dataclass(frozen=True, slots=True)
 class CodesMaker:
-    """How the core's codes are made and searched: its module, the budget of a search, planes and rotation."""
+    """How the core's codes are made and searched: its module, the budget of a search, bits and rotation."""
 
     core: Any
     budget: Any  # _core.Budget
@@ -139,7 +139,7 @@ class OnlineCodes:
 
 @dataclass(frozen=True, slots=True)
 class CodesIndex(SegmentIndex):
-    """The core's bit-plane codes, one object per layer for all KV heads; code i belongs to the segment's key i."""
+    """The core's codes, one object per layer for all KV heads; code i belongs to the segment's key i."""
 
     begin: int
     layers: list[Any]
@@ -148,7 +148,7 @@ class CodesIndex(SegmentIndex):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of planes and factors."""
+        """Bytes of codes and factors."""
         return sum(int(codes.nbytes) for codes in self.layers)
 
     def codes(self, layer_idx: int) -> Any:

@@ -15,7 +15,6 @@ constexpr float kAlike = 1.2f;              // nats
 constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
 constexpr float kKeysPerGroup = 14.0f;      // drawn from a drawn group, about, of up to 2^17 keys
-constexpr float kMostKeysPerGroup = 48.0f;  // and of any number
 
 struct Peak {
   float level;
@@ -38,14 +37,9 @@ int best_chunks(const Unit& unit, int h, Peak* best) {
   return num;
 }
 
-// How many keys to draw from a drawn group, about. More keys from fewer groups save time, but keys of a group err together.
-// Among 2^20 keys a group takes twice as long to fetch and to scan as among 2^17, whose codes stay in the caches, and
-// twice as many heads draw: there time is worth more error (0.3 % of the output at 2^17 keys, 1.2 % at 2^20).
-float keys_per_group(const Unit& unit) {
-  std::int64_t num_keys = 0;
-  for (const Scan& scan : unit.scans) num_keys += scan.end - scan.begin;
-  return std::clamp(kKeysPerGroup * std::sqrt(static_cast<float>(num_keys) / 131072.0f), kKeysPerGroup, kMostKeysPerGroup);
-}
+// How many keys to draw from a drawn group, about. More keys from fewer groups save time, but keys of a group err together
+// (0.3 % of the output at 2^17 keys, 1.5 % at 2^20).
+float keys_per_group(const Unit& unit) { return kKeysPerGroup * std::pow(unit.length(), 0.7f); }
 
 // From floor, draws and total of each head: what a group must reach, or how it is drawn.
 void set_group_floors(Unit& unit, float scale) {

@@ -8,7 +8,8 @@
 namespace retrieval {
 namespace {
 
-constexpr float kDrawnError = 0.004f;      // of the whole weight, that the drawn part may be off by where that is cheap
+constexpr float kDrawnError = 0.004f;      // of the whole weight, that the drawn part may be off by where that is cheap,
+                                          // of up to 2^17 keys
 constexpr float kLargestSpacing = 0.001f;  // of the whole weight, that a drawn key may stand for where that is cheap
 constexpr float kLeastGain = 4.0f;         // spacing over the weight of what is listed
 constexpr float kClearVariance = 0.25f;    // nats squared of estimates; weights by them are as good as exact ones
@@ -123,9 +124,10 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   // errors of estimates, which make of it e^variance times as much. In long searches as much of it is left to chance as
   // that allows.
   const auto error = [&](float each) { return std::sqrt(each * sample.divide(each).second) / (deflation * total); };
+  const float allowed = kDrawnError * std::cbrt(unit.length());
   float sparing = std::max(floor_weight, spacing);
   for (int turn = 0; unit.is_long && turn < 4; ++turn) {
-    const float ratio = kDrawnError / std::max(error(sparing), 1e-9f);
+    const float ratio = allowed / std::max(error(sparing), 1e-9f);
     sparing = std::min(std::sqrt(kLargestSpacing * total * sparing), sparing * ratio);
   }
   if (unit.is_long) spacing = std::max(spacing, sparing);

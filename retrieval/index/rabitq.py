@@ -24,14 +24,14 @@ BITS = 2
 
 
 class RabitqIndex(KeyIndex):
-    """Bit-plane codes: nothing is learned from queries, so no query is out of its distribution."""
+    """Codes of a few bits: nothing is learned from queries, so no query is out of its distribution."""
 
     kind = "rabitq"
 
     def __init__(
         self, keys: Tensor, queries: Tensor, bits: int = BITS, deviations: float = 3.5, beta: float = 0.0, seed: int = 0
     ) -> None:
-        """bits: planes per dimension, 1 to 4. deviations: how far above its estimate a key may score and still be
+        """bits: per dimension, 1 to 4. deviations: how far above its estimate a key may score and still be
         found, in standard deviations. beta: 0, or `attend` leaves out keys more than `beta` nats below the best even
         if they are among the k. seed: of the rotation. `queries` are ignored.
         """

@@ -152,7 +152,7 @@ def test_codes_of_a_shape_find_what_all_coordinates_would(shape: tuple[int, int]
     assert whole.save() == core.LayerCodes.load(whole.save()).save()
     plain = core.LayerCodes(2, 64, 2, 0)
     plain.append(keys)
-    kept = (shape[0] * shape[1] + 128) / 256  # of the planes' bytes
+    kept = (shape[0] * shape[1] + 128) / 256  # of the codes' bytes
     assert whole.nbytes < (0.1 + 0.9 * kept) * plain.nbytes + 2 * 5 * 4 * 64**2
     assert whole.nbytes <= core.LayerCodes.most_bytes(2, 64, 2, 20_000, is_stretched=True)
 

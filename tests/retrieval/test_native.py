@@ -154,6 +154,26 @@ def test_levels_keep_the_same_keys() -> None:
         assert num_retrieved == pytest.approx(results["scalar"][1], abs=2)  # a key on the border may fall either way
 
 
+# Tables are of three bytes of a code: one, two or none may be left over.
+@pytest.mark.parametrize(("head_dim", "bits"), [(8, 1), (16, 1), (24, 1), (40, 1), (56, 2), (64, 2), (128, 3), (256, 4)])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+def test_codes_of_any_size_find_the_best(level: str, head_dim: int, bits: int, group: int) -> None:
+    queries, keys, values = gapped(3000, head_dim, 1, group)
+    part = _core.Part(keys, values, 0, 3000, code(keys, bits))
+    positions, scores = torch.empty(group, 10, dtype=torch.int64), torch.empty(group, 10)
+    stats = _core.search(queries[0], part, 10, positions, scores)
+    expected = (queries[0] @ keys[0].T).topk(10)
+    assert torch.equal(positions, expected.indices)
+    torch.testing.assert_close(scores, expected.values, rtol=1e-5, atol=1e-4)
+    if bits > 1:
+        assert stats.num_scored < 0.75 * group * 3000
+    best = _core.simd_level()
+    _core.set_simd_level("scalar")
+    plain = _core.search(queries[0], part, 10, positions, scores)
+    _core.set_simd_level(best)
+    assert stats.num_scored == pytest.approx(plain.num_scored, abs=2 * group)  # all levels have the same bounds
+
+
 @pytest.mark.parametrize("num_keys", [1, 127, 511, 2048, 2049, 6000])
 @pytest.mark.parametrize("kind", ["random", "equal", "duplicates", "zero"])
 def test_retrieving_everything_is_full_attention(num_keys: int, kind: str) -> None:

@@ -314,7 +314,8 @@ def test_what_little_weighs_is_drawn(level: str) -> None:
     _, _, certain = attend(queries, [part], rest=0)
     assert errors(out, expected).mean() < 0.01
     assert abs((lse - expected_lse).mean()) < 0.003
-    assert (lse - expected_lse).abs().max() < 0.04
+    assert (lse - expected_lse).square().mean().sqrt() < 0.01
+    assert (lse - expected_lse).abs().max() < 0.1
     assert sum(each.num_scored for each in stats) < 0.7 * sum(each.num_scored for each in certain)
 
 
