@@ -155,7 +155,9 @@ def test_levels_keep_the_same_keys() -> None:
 
 
 # Tables are of three bytes of a code: one, two or none may be left over.
-@pytest.mark.parametrize(("head_dim", "bits"), [(8, 1), (16, 1), (24, 1), (40, 1), (56, 2), (64, 2), (128, 3), (256, 4)])
+@pytest.mark.parametrize(
+    ("head_dim", "bits"), [(8, 1), (16, 1), (24, 1), (40, 1), (56, 2), (64, 2), (128, 3), (256, 4)]
+)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
 def test_codes_of_any_size_find_the_best(level: str, head_dim: int, bits: int, group: int) -> None:
     queries, keys, values = gapped(3000, head_dim, 1, group)
