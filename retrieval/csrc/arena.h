@@ -38,11 +38,6 @@ class Arena {
   }
   std::size_t used_bytes() const { return used_; }
   std::size_t held_bytes() const { return size_; }
-  // Everything taken is void, and given back.
-  void release() {
-    blocks_.clear();
-    size_ = used_ = base_ = 0;
-  }
   // Everything taken is void; one block from now on, with some room for calls that need more.
   void reset() {
     if (blocks_.size() > 1) {

@@ -65,14 +65,20 @@ Job::Job(const LayerQueries& queries, const std::vector<std::vector<const Part*>
   scratch.provide(places_.size());
 }
 
+// Keys of a sequence that are searched, not attended.
+std::int64_t Job::num_searched(const std::vector<const Part*>& sequence) const {
+  std::int64_t num_coded = 0;
+  for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
+  return budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys ? num_coded : 0;
+}
+
 // Whether all is attended exactly, and waking a worker takes longer.
 bool Job::is_small() const {
+  if (will_list_) return false;
   std::int64_t num_keys = 0;
   for (const auto& sequence : parts_) {
-    for (const Part* part : sequence) {
-      if (will_list_ || coded_end(*part) > part->begin) return false;
-      num_keys += std::max<std::int64_t>(0, part->end - part->begin);
-    }
+    if (num_searched(sequence) > 0) return false;
+    for (const Part* part : sequence) num_keys += std::max<std::int64_t>(0, part->end - part->begin);
   }
   return num_keys * queries_.num_q_heads * queries_.head_dim <= kSmallProducts;
 }
@@ -127,18 +133,17 @@ void Job::add_part(Desk& desk, const Part& part, bool is_searched) const {
 void Job::plan(Desk& desk, const Place& place) const {
   const int group = queries_.num_q_heads / queries_.num_kv_heads;
   const auto& sequence = parts_[static_cast<std::size_t>(place.seq)];
-  std::int64_t num_coded = 0;
-  for (const Part* part : sequence) num_coded += std::max<std::int64_t>(0, coded_end(*part) - part->begin);
-  const bool is_searched = budget_.k > 0 || will_list_ || num_coded >= budget_.exact_keys;
+  const std::int64_t num_keys = num_searched(sequence);
   desk.arena.reset();
   desk.unit = Unit::after(std::move(desk.unit));
   Unit& unit = desk.unit;
   unit.kv_head = first_kv_head_ + place.head / group;
-  unit.is_long = budget_.reach > 0.0f && !has_ranks_ && num_coded * group * queries_.head_dim >= budget_.reach_products;
+  unit.is_long = budget_.reach > 0.0f && !has_ranks_ && num_keys * group * queries_.head_dim >= budget_.reach_products;
   unit.first_row = place.seq * queries_.num_q_heads + place.head;
   const auto at = static_cast<std::size_t>(unit.first_row * queries_.head_dim);
-  unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, place.num, queries_.head_dim};
-  for (const Part* part : sequence) add_part(desk, *part, is_searched);
+  unit.queries = {queries_.values + at, queries_.bf16 != nullptr ? queries_.bf16 + at : nullptr, place.num,
+                  queries_.head_dim};
+  for (const Part* part : sequence) add_part(desk, *part, num_keys > 0);
 }
 
 void Job::weigh(Unit& unit, std::size_t i) {

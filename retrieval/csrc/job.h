@@ -34,6 +34,7 @@ class Job {
     int seq, head, num;  // query heads [head, head + num)
   };
 
+  std::int64_t num_searched(const std::vector<const Part*>& sequence) const;
   bool is_small() const;
   // The stages of a unit: what comes before one, and how many tasks it has; and a task of it.
   std::int64_t advance(std::size_t at, int stage, int k, float* out, float* lse);

@@ -41,9 +41,8 @@ class Scratch {
     if (num_wasteful_ < kPatience) return;
     num_wasteful_ = 0;
     for (std::size_t i = 0; i < desks_.size(); ++i) {
-      Arena& arena = desks_[i]->arena;
-      const std::size_t needed = i < num_provided_ ? arena.used_bytes() : 0;
-      if (arena.held_bytes() > kMostHeld * needed) arena.release();
+      const std::size_t needed = i < num_provided_ ? desks_[i]->arena.used_bytes() : 0;
+      if (desks_[i]->arena.held_bytes() > kMostHeld * needed) *desks_[i] = {};
     }
   }
 

@@ -83,7 +83,7 @@ struct Scan {
   std::int16_t* levels = nullptr;  // [num][num_chunks * kChunkRuns] estimates of the means of runs
   std::int16_t* crests = nullptr;  // [num][num_chunks] the largest of them
   float* peaks = nullptr;          // [num][num_chunks] the same as scores
-  float* log_times = nullptr;      // [num_chunks * kChunkGroups] logarithm of how many groups like it a scanned one stands for
+  float* log_times = nullptr;      // [num_chunks * kChunkGroups] logarithm of how many like it a scanned group stands for
   std::vector<Found> found;                   // by chunk task
   std::vector<std::int32_t> positions;        // all found, ascending
   std::vector<float> inverses;                // Found::inverses of each
