@@ -54,7 +54,7 @@ struct Budget {
   int min_keys = 1;         // retrieved at least (as far as there are keys)
   int max_keys = 16384;     // rescored at most, per KV head and sequence
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
-  int rest_keys = 2048;     // keys such a head takes, about; one that two heads take is fetched once
+  int rest_keys = 1792;     // keys such a head takes, about; one that two heads take is fetched once
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then
   float reach = 6.0f;       // a run of neighbours is left out when no key that many deviations above their mean would
                             // become the best; 0: none is

@@ -8,7 +8,7 @@
 namespace retrieval {
 namespace {
 
-constexpr float kDrawnError = 0.004f;      // of the whole weight, that the drawn part may be off by where that is cheap,
+constexpr float kDrawnError = 0.0055f;     // of the whole weight, that the drawn part may be off by where that is cheap,
                                           // of up to 2^17 keys
 constexpr float kLargestSpacing = 0.001f;  // of the whole weight, that a drawn key may stand for where that is cheap
 constexpr float kLeastGain = 4.0f;         // spacing over the weight of what is listed
