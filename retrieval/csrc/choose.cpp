@@ -38,7 +38,7 @@ int best_chunks(const Unit& unit, int h, Peak* best) {
 }
 
 // How many keys to draw from a drawn group, about. More keys from fewer groups save time, but keys of a group err together
-// (0.3 % of the output at 2^17 keys, 1.5 % at 2^20).
+// (0.4 % of the output at 2^17 keys, 1.8 % at 2^20).
 float keys_per_group(const Unit& unit) { return kKeysPerGroup * std::pow(unit.length(), 0.7f); }
 
 // From floor, draws and total of each head: what a group must reach, or how it is drawn.
