@@ -102,7 +102,7 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
       reading->lift[h] = offsets[h] * reading->slope[h] - bits.least;
       largest = std::max({largest, std::fabs(offsets[h]), std::fabs(offsets[h] + most)});
     }
-    while (reading->shift < 14 && largest * static_cast<float>(2 << reading->shift) <= 32767.0f) ++reading->shift;
+    while (reading->shift < kMaxShift && largest * static_cast<float>(2 << reading->shift) <= 32767.0f) ++reading->shift;
     for (int h = 0; h < queries.num; ++h) {
       reading->offsets[h] = static_cast<std::int16_t>(offsets[h]);
       reading->slope[h] /= static_cast<float>(1 << reading->shift);

@@ -33,6 +33,7 @@ struct Rows {
 };
 
 inline constexpr int kScanGroups = 32;   // groups that one call of scan covers
+inline constexpr int kMaxShift = 6;      // of sums of weights
 
 // A key's code is a string of bits, each with a weight of the query's; <query, key> is estimated from the sum of weights
 // of the bits that are set. Codes of 64 consecutive keys lie byte by byte: key i has byte byte_of(i) of piece b for bits
@@ -93,7 +94,7 @@ struct Kernels {
   // bits that are set, less that of all negative weights: bounds[h * stride + i] = ((sum + offsets[h]) << shift) *
   // factors[i], rounded to the upper 16 of 31 bits. tables: [num][num_tables][kTableBytes]; codes: [32][num_pieces]
   // [kGroupKeys]; factors: [32 * 64]; tops[h * tops_stride + b]: the largest bound of 8 groups, -32768 if none of them is
-  // wanted.
+  // wanted. shift: at most kMaxShift.
   void (*scan)(const std::uint8_t* tables, const std::int16_t* offsets, int num, int num_pieces, int shift,
                const std::uint8_t* codes, std::uint32_t wanted, const std::int16_t* factors, std::int16_t* bounds,
                std::int64_t stride, std::int16_t* tops, std::int64_t tops_stride);

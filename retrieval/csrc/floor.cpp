@@ -17,44 +17,71 @@ Queries one_query(const Unit& unit, int h) {
           unit.queries.head_dim};
 }
 
-// The best bound of a block that was scanned, as a score.
-struct Top {
-  float bound;
-  std::uint32_t scan;
-  std::int32_t block;
+// Blocks that were scanned, counted through all scans, and the best bound of each, as a score.
+struct Tops {
+  std::vector<float> bounds;
+  std::vector<std::int32_t> blocks;
 };
 
-std::vector<Top> read_tops(const Unit& unit, int h) {
-  std::vector<Top> tops;
+struct Place {
+  std::uint32_t scan;
+  std::int32_t position;
+};
+
+// The first `count` keys by their bounds; lists are longer.
+struct Probes {
+  std::vector<float> bounds;
+  std::vector<Place> places;
+  std::size_t count = 0;
+
+  void reserve(std::size_t more) {
+    if (count + more <= bounds.size()) return;
+    bounds.resize(2 * (count + more));
+    places.resize(2 * (count + more));
+  }
+};
+
+// What a thread's calls look at, so that lists keep their room.
+struct Lists {
+  Tops tops;
+  Probes probes;
+  std::vector<std::int32_t> positions;
+  std::vector<float> scores;
+};
+
+void read_tops(const Unit& unit, int h, Tops& tops) {
   std::int64_t num_blocks = 0;
   for (const Scan& scan : unit.scans) num_blocks += scan.num_chunks * kBlocksPerChunk;
-  tops.reserve(static_cast<std::size_t>(num_blocks));
-  for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    const Scan& scan = unit.scans[s];
-    for (std::int64_t c = 0; c < scan.num_chunks; ++c) {
-      if (scan.chosen[c] == 0) continue;
+  tops.bounds.resize(static_cast<std::size_t>(num_blocks));
+  tops.blocks.resize(static_cast<std::size_t>(num_blocks));
+  std::size_t count = 0;
+  std::int32_t block = 0;
+  for (const Scan& scan : unit.scans) {
+    const std::int16_t* found = scan.tops + h * scan.tops_stride();
+    for (std::int64_t c = 0; c < scan.num_chunks; ++c, found += kBlocksPerChunk, block += kBlocksPerChunk) {
+      const std::uint32_t chosen = scan.chosen[c];
+      if (chosen == 0) continue;
       const float factor = scan.bound_unit(c, h);
-      const std::int64_t first = c * kBlocksPerChunk;
       for (int b = 0; b < kBlocksPerChunk; ++b) {
-        if ((scan.chosen[c] >> (b * kBlockGroups) & ((1u << kBlockGroups) - 1)) == 0) continue;
-        const std::int16_t found = scan.tops[h * scan.tops_stride() + first + b];
-        tops.push_back({scan.query.base[h] + factor * static_cast<float>(found), static_cast<std::uint32_t>(s),
-                        static_cast<std::int32_t>(first + b)});
+        tops.bounds[count] = scan.query.base[h] + factor * static_cast<float>(found[b]);
+        tops.blocks[count] = block + b;
+        count += (chosen >> (b * kBlockGroups) & ((1u << kBlockGroups) - 1)) != 0 ? 1 : 0;
       }
     }
   }
-  return tops;
+  tops.bounds.resize(count);
+  tops.blocks.resize(count);
 }
 
-// A value that at least `wanted` of the values reach, of which there are more, and hardly more than that. By halves: to
-// count takes a few vector instructions, to sort mispredicted branches.
-float reached_by(const std::vector<float>& values, std::size_t wanted) {
-  const auto num = static_cast<int>(values.size());
-  float low = *std::min_element(values.begin(), values.end()), high = kernels().maximum(values.data(), num);
+// A value that at least `wanted` of `count` values reach, of which there are more, and hardly more than that. By halves:
+// to count takes a few vector instructions, to sort mispredicted branches.
+float reached_by(const float* values, std::size_t count, std::size_t wanted) {
+  const auto num = static_cast<int>(count);
+  float low = *std::min_element(values, values + count), high = kernels().maximum(values, num);
   for (int turn = 0; turn < 16 && low < high; ++turn) {
     const float middle = low + 0.5f * (high - low);
     float sum;
-    const auto reaching = static_cast<std::size_t>(num - kernels().below(values.data(), num, middle, &sum));
+    const auto reaching = static_cast<std::size_t>(num - kernels().below(values, num, middle, &sum));
     (reaching >= wanted ? low : high) = middle;
     if (reaching >= wanted && reaching <= wanted + wanted / 8) break;
   }
@@ -62,14 +89,11 @@ float reached_by(const std::vector<float>& values, std::size_t wanted) {
 }
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
-float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::size_t wanted) {
-  std::vector<float> tops;
-  tops.reserve(blocks.size());
-  for (const Top& top : blocks) tops.push_back(top.bound);
-  if (tops.size() > wanted) return reached_by(tops, wanted);
-  if (tops.empty()) return -kInfinity;
+float probe_bound(const Unit& unit, int h, const Tops& tops, std::size_t wanted) {
+  if (tops.bounds.size() > wanted) return reached_by(tops.bounds.data(), tops.bounds.size(), wanted);
+  if (tops.bounds.empty()) return -kInfinity;
   // Few blocks: go down from the least top in growing steps until enough keys pass.
-  const auto [least, most] = std::minmax_element(tops.begin(), tops.end());
+  const auto [least, most] = std::minmax_element(tops.bounds.begin(), tops.bounds.end());
   float bound = *least, step = std::max(*most - *least, 1e-3f * std::fabs(*most));
   for (int turn = 0; turn < 8 && step > 0.0f; ++turn) {
     std::size_t count = 0;
@@ -92,88 +116,95 @@ float probe_bound(const Unit& unit, int h, const std::vector<Top>& blocks, std::
   return -kInfinity;
 }
 
-struct Place {
-  std::uint32_t scan;
-  std::int32_t position;
-};
-
-// Keys by their bounds.
-struct Probes {
-  std::vector<float> bounds;
-  std::vector<Place> places;
-
-  explicit Probes(std::size_t room) {
-    bounds.reserve(room);
-    places.reserve(room);
+// Keeps the best probes, `wanted` or somewhat more; rest: raised to what all others have at most.
+void cut(Probes& probes, std::size_t wanted, float& rest) {
+  if (probes.count <= wanted) return;
+  float *bounds = probes.bounds.data(), least = reached_by(bounds, probes.count, wanted);
+  Place* places = probes.places.data();
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < probes.count; ++i) {
+    const float bound = bounds[i];
+    bounds[kept] = bound;
+    places[kept] = places[i];
+    kept += bound >= least ? 1 : 0;
   }
-  // Keeps the best, `wanted` or somewhat more; rest: raised to the bounds of all others.
-  void cut(std::size_t wanted, float& rest) {
-    if (bounds.size() <= wanted) return;
-    const float least = reached_by(bounds, wanted);
-    std::size_t kept = 0;
-    for (std::size_t i = 0; i < bounds.size(); ++i) {
-      const bool stays = bounds[i] >= least && kept < 2 * wanted;
-      rest = stays ? rest : std::max(rest, bounds[i]);
-      bounds[kept] = bounds[i];
-      places[kept] = places[i];
-      kept += stays ? 1 : 0;
-    }
-    bounds.resize(kept);
-    places.resize(kept);
+  if (kept > 2 * wanted) {  // too many are equal
+    kept = 2 * wanted;
+    least = kernels().maximum(bounds, static_cast<int>(kept));
   }
-};
+  rest = std::max(rest, least);
+  probes.count = kept;
+}
 
-std::vector<float> score_places(const Unit& unit, int h, const std::vector<Place>& places) {
+// Keys of a block whose bounds reach `rest`.
+void read_block(const Unit& unit, int h, std::size_t s, std::int64_t block, float rest, Probes& probes) {
+  const Scan& scan = unit.scans[s];
+  const std::int64_t c = block / kBlocksPerChunk, first_key = scan.first_key(0) + block * kBlockKeys;
+  const int threshold = scan.threshold(c, h, rest);
+  if (threshold > 32767) return;
+  const std::int16_t* bounds = scan.bounds + h * scan.stride() + block * kBlockKeys;
+  const float factor = scan.bound_unit(c, h);
+  const auto first_group = static_cast<int>(block % kBlocksPerChunk * kBlockGroups);
+  std::uint64_t masks[kBlockGroups];  // of groups that were not scanned they tell nothing
+  kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
+  probes.reserve(kBlockKeys);
+  std::size_t count = probes.count;
+  for (int g = 0; g < kBlockGroups; ++g) {
+    if (masks[g] == 0) continue;
+    for_each_bit(masks[g] & scan.visible(c, first_group + g), [&](int i) {
+      const std::int64_t at = std::int64_t{g} * kGroupKeys + i;
+      probes.bounds[count] = scan.query.base[h] + factor * static_cast<float>(bounds[at]);
+      probes.places[count++] = {static_cast<std::uint32_t>(s), static_cast<std::int32_t>(first_key + at)};
+    });
+  }
+  probes.count = count;
+}
+
+void score_probes(const Unit& unit, int h, Lists& lists) {
   const Queries query = one_query(unit, h);
-  std::vector<float> scores(places.size());
-  std::vector<std::int32_t> positions;
+  const Place* places = lists.probes.places.data();
+  lists.scores.resize(lists.probes.count);
   std::size_t done = 0;
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
-    positions.clear();
-    for (const Place& place : places) {
-      if (place.scan == s) positions.push_back(place.position);
+    lists.positions.clear();
+    for (std::size_t i = 0; i < lists.probes.count; ++i) {
+      if (places[i].scan == s) lists.positions.push_back(places[i].position);
     }
-    const auto count = static_cast<int>(positions.size());
-    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), positions.data(), 0, count, scores.data() + done,
-                    count);
-    done += positions.size();
+    const auto count = static_cast<int>(lists.positions.size());
+    kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), lists.positions.data(), 0, count,
+                    lists.scores.data() + done, count);
+    done += lists.positions.size();
   }
-  return scores;
 }
 
 // Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
-// most `rest`.
-std::vector<float> probe(const Unit& unit, int h, std::size_t wanted, float& rest) {
-  Probes probes(16 * wanted);
-  std::vector<Top> tops = read_tops(unit, h);
+// most `rest`. Until the thread's next call.
+std::vector<float>& probe(const Unit& unit, int h, std::size_t wanted, float& rest) {
+  thread_local Lists lists;
+  auto& [tops, probes, positions, scores] = lists;
+  probes.count = 0;
+  read_tops(unit, h, tops);
   rest = probe_bound(unit, h, tops, wanted);
-  // Best blocks first: they soon tell what the others must reach.
-  tops.erase(std::remove_if(tops.begin(), tops.end(), [&](const Top& top) { return top.bound < rest; }), tops.end());
-  std::sort(tops.begin(), tops.end(), [](const Top& a, const Top& b) { return a.bound > b.bound; });
-  for (const Top& top : tops) {
-    if (top.bound < rest) break;
-    const Scan& scan = unit.scans[top.scan];
-    const std::int64_t c = top.block / kBlocksPerChunk;
-    const int threshold = scan.threshold(c, h, rest);
-    if (threshold > 32767) continue;
-    const std::int16_t* block = scan.bounds + h * scan.stride() + std::int64_t{top.block} * kBlockKeys;
-    const float factor = scan.bound_unit(c, h);
-    const auto first_group = static_cast<int>(top.block % kBlocksPerChunk * kBlockGroups);
-    const std::int64_t first_key = scan.first_key(0) + std::int64_t{top.block} * kBlockKeys;
-    for_each_bit(scan.chosen[c] >> first_group & ((1u << kBlockGroups) - 1), [&](int g) {
-      const std::int64_t start = std::int64_t{g} * kGroupKeys;
-      std::uint64_t mask;
-      kernels().select(block + start, 1, static_cast<std::int16_t>(threshold), &mask);
-      if (mask == 0) return;
-      for_each_bit(mask & scan.visible(c, first_group + g), [&](int i) {
-        probes.bounds.push_back(scan.query.base[h] + factor * static_cast<float>(block[start + i]));
-        probes.places.push_back({top.scan, static_cast<std::int32_t>(first_key + start + i)});
-      });
-    });
-    if (probes.bounds.size() > 8 * wanted) probes.cut(2 * wanted, rest);  // from then on better ones are looked for
+  std::size_t num_best = 0;
+  for (std::size_t i = 0; i < tops.bounds.size(); ++i) {
+    if (tops.bounds[i] < rest) continue;
+    tops.bounds[num_best] = tops.bounds[i];
+    tops.blocks[num_best++] = tops.blocks[i];
   }
-  probes.cut(2 * wanted, rest);
-  return score_places(unit, h, probes.places);
+  tops.bounds.resize(num_best);
+  // The best block first: where neighbours are alike, it soon tells what the others must reach.
+  const auto best = std::max_element(tops.bounds.begin(), tops.bounds.end());
+  if (num_best > 0) std::swap(tops.blocks[0], tops.blocks[static_cast<std::size_t>(best - tops.bounds.begin())]);
+  for (std::size_t i = 0; i < num_best; ++i) {
+    std::int64_t block = tops.blocks[i];
+    std::size_t s = 0;
+    for (; block >= unit.scans[s].num_chunks * kBlocksPerChunk; ++s) block -= unit.scans[s].num_chunks * kBlocksPerChunk;
+    read_block(unit, h, s, block, rest, probes);
+    if (probes.count > 6 * wanted) cut(probes, 2 * wanted, rest);
+  }
+  cut(probes, 2 * wanted, rest);
+  score_probes(unit, h, lists);
+  return scores;
 }
 
 }  // namespace
@@ -199,7 +230,7 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   float rest = kInfinity;
-  std::vector<float> scores = probe(unit, h, wanted, rest);
+  std::vector<float>& scores = probe(unit, h, wanted, rest);
   unit.num_probed[h] += static_cast<std::int64_t>(scores.size());
   for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
   unit.floor[h] = unit.listed[h] = floor_of(unit.best[h], scores, k, budget, scale);
