@@ -10,16 +10,27 @@
 namespace retrieval {
 namespace {
 
-// Raises the logarithms of chances to those of one head; 0 and more: taken for certain.
-void raise(const Taking& taking, const Taken& taken, int h, int count, float* chances) {
-  const std::int16_t* bounds = taken.bounds + h * kTakenStride;
-  for (int n = 0; n < count; ++n) {
-    const float drawn = taking.draws ? taking.lot.log_chance(bounds[n], taken.factors[n]) : -kInfinity;
-    chances[n] = std::max(chances[n], bounds[n] >= taking.lot.draw.sure ? 0.0f : drawn);
-  }
+// Logarithms of chances, cut to what is possible.
+float possible(float log_chance) {
+  const float least = log_chance > kLogLeastChance ? log_chance : kLogLeastChance;
+  return least < 0.0f ? least : 0.0f;
 }
 
-// visit(scan, found, first, count, c, bounds) for every chunk of every list.
+// Bounds [num][stride] of the keys that were found in chunk c of a scan, of which the first is found.positions[first].
+struct FoundBounds {
+  const Unit& unit;
+  const Scan& scan;
+  const std::int32_t* positions;
+  const std::int16_t* kept;  // [num][count]
+  std::int64_t c;
+  int count;
+
+  std::int16_t of(int h, int n) const {
+    return unit.is_long ? kept[h * count + n] : scan.bounds[h * scan.stride() + positions[n] - scan.first_key(0)];
+  }
+};
+
+// visit(found, first, bounds) for every chunk of every list.
 template <typename Visit>
 void for_each_chunk(Unit& unit, Visit visit) {
   for (Scan& scan : unit.scans) {
@@ -28,7 +39,9 @@ void for_each_chunk(Unit& unit, Visit visit) {
       std::size_t first = 0;
       for (const int count : found.counts) {
         if (count == 0) continue;
-        visit(scan, found, first, count, found.positions[first] / kChunkKeys - scan.first_chunk, bounds);
+        const std::int32_t* positions = found.positions.data() + first;
+        const std::int64_t c = *positions / kChunkKeys - scan.first_chunk;
+        visit(found, first, FoundBounds{unit, scan, positions, bounds, c, count});
         first += static_cast<std::size_t>(count);
         bounds += unit.queries.num * count;
       }
@@ -37,14 +50,22 @@ void for_each_chunk(Unit& unit, Visit visit) {
 }
 
 // Largest distances of the bounds of keys above what makes their head take them.
-void find_slacks(const Unit& unit, const Scan& scan, std::int64_t c, int count, const std::int16_t* bounds, float* slacks) {
+void find_slacks(const FoundBounds& bounds, float* slacks) {
+  const auto& [unit, scan, positions, kept, c, count] = bounds;
   std::fill_n(slacks, count, -kInfinity);
   for (int h = 0; h < unit.queries.num; ++h) {
     const float least = unit.draws[h] > 0.0f ? std::min(unit.floor[h], unit.heavy[h]) : unit.listed[h];
     // As threshold rounds down, so a bound in the last step counts as reaching it.
     const float step = scan.bound_unit(c, h), base = scan.query.base[h] - least + 2.0f * step;
-    for (int n = 0; n < count; ++n) slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds[h * count + n]));
+    for (int n = 0; n < count; ++n) slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds.of(h, n)));
   }
+}
+
+template <typename T>
+void append(List<T>& to, const List<T>& from) {
+  const std::size_t before = to.size();
+  to.resize(before + from.size());
+  std::copy(from.begin(), from.end(), to.data() + before);
 }
 
 }  // namespace
@@ -100,42 +121,62 @@ int Refiner::take(std::int64_t c, const ChunkBounds& in, const Taken& taken) con
                         floors, wanted, slot_of(scan_.begin), slot_of(scan_.end), taken);
 }
 
-std::int64_t Refiner::refine(std::int64_t c, const ChunkBounds& in) {
-  const int num = unit_.queries.num;
+void Refiner::refine(std::int64_t c, const ChunkBounds& in) {
+  Caught& caught = caught_[turn_];
   set_takings(c);
-  std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
-  const Taken taken{slots, factors, bounds};
-  const int count = take(c, in, taken);
+  caught.chunk = c;
+  caught.count = take(c, in, {caught.slots, caught.factors, caught.bounds});
+  for (int h = 0; h < unit_.queries.num; ++h) caught.lots[h] = takings_[h].draws ? takings_[h].lot : takings_[h].lot.sure_only();
+  turn_ = 1 - turn_;
+  list(caught_[turn_]);
+}
+
+void Refiner::list(Caught& caught) {
+  const int num = unit_.queries.num, count = caught.count;
+  if (count < 0) return;
+  caught.count = -1;
   found_.counts.push_back(count);
-  if (count == 0) return 0;
-  std::int32_t positions[kChunkKeys];
-  float inverses[kChunkKeys];
-  const auto first = static_cast<std::int32_t>(scan_.first_key(c));
-  for (int n = 0; n < count; ++n) positions[n] = first + slots[n];
-  std::int64_t num_drawn = 0;
+  if (count == 0) return;
+  const std::size_t before = found_.positions.size(), after = before + static_cast<std::size_t>(count);
+  found_.positions.resize(after);
+  found_.inverses.resize(after);
+  std::int32_t* positions = found_.positions.data() + before;
+  float* inverses = found_.inverses.data() + before;
+  const auto first = static_cast<std::int32_t>(scan_.first_key(caught.chunk));
+  for (int n = 0; n < count; ++n) positions[n] = first + caught.slots[n];
+  if (unit_.is_long) {
+    const std::size_t at = found_.bounds.size();
+    found_.bounds.resize(at + static_cast<std::size_t>(num * count));
+    for (int h = 0; h < num; ++h) {
+      std::copy_n(caught.bounds + h * kTakenStride, count, found_.bounds.data() + at + static_cast<std::size_t>(h * count));
+    }
+  }
   if (!unit_.draws_any()) {
     std::fill_n(inverses, count, 1.0f);  // no group stands for others either
+    return;
+  }
+  // Logarithms of chances at first.
+  std::fill_n(inverses, count, -kInfinity);
+  for (int h = 0; h < num; ++h) {
+    const Lot& lot = caught.lots[h];
+    kernels().raise(caught.bounds + h * kTakenStride, caught.factors, lot.draw, lot.step, count, inverses);
+  }
+  if (!unit_.chooses) {
+    for (int n = 0; n < count; ++n) inverses[n] = possible(inverses[n]);
   } else {
-    float chances[kChunkKeys];  // logarithms
-    std::fill_n(chances, count, -kInfinity);
-    for (int h = 0; h < num; ++h) raise(takings_[h], taken, h, count, chances);
     for (int n = 0; n < count; ++n) {
       // The group may have been drawn, and so whatever is found in it.
-      const float log_times = unit_.chooses ? scan_.log_times_of(c, slots[n] / kGroupKeys) : 0.0f;
-      inverses[n] = std::clamp(chances[n] + log_times, kLogLeastChance, 0.0f) - log_times;
-    }
-    kernels().exponentiate(inverses, count, 1.0f, 0.0f, -kInfinity);
-    for (int n = 0; n < count; ++n) {
-      inverses[n] = 1.0f / inverses[n];
-      num_drawn += inverses[n] > 1.0f ? 1 : 0;
+      const float log_times = scan_.log_times_of(caught.chunk, caught.slots[n] / kGroupKeys);
+      inverses[n] = possible(inverses[n] + log_times) - log_times;
     }
   }
-  found_.positions.insert(found_.positions.end(), positions, positions + count);
-  found_.inverses.insert(found_.inverses.end(), inverses, inverses + count);
-  for (int h = 0; h < num; ++h) {
-    found_.bounds.insert(found_.bounds.end(), bounds + h * kTakenStride, bounds + h * kTakenStride + count);
+  kernels().exponentiate(inverses, count, 1.0f, 0.0f, -kInfinity);
+  int num_drawn = 0;
+  for (int n = 0; n < count; ++n) {
+    inverses[n] = 1.0f / inverses[n];
+    num_drawn += inverses[n] > 1.0f ? 1 : 0;
   }
-  return num_drawn;
+  found_.num_drawn += num_drawn;
 }
 
 void drop(const Unit& unit, const Scan& scan, Found& found) {
@@ -146,7 +187,8 @@ void drop(const Unit& unit, const Scan& scan, Found& found) {
   std::size_t first = 0, kept = 0;
   for (int& count : found.counts) {
     if (count == 0) continue;
-    find_slacks(unit, scan, found.positions[first] / kChunkKeys - scan.first_chunk, count, bounds, slacks);
+    const std::int32_t* positions = found.positions.data() + first;
+    find_slacks({unit, scan, positions, bounds, *positions / kChunkKeys - scan.first_chunk, count}, slacks);
     int staying[kChunkKeys], num_staying = 0;
     for (int n = 0; n < count; ++n) {
       staying[num_staying] = n;
@@ -182,18 +224,17 @@ void keep(Unit& unit, std::size_t limit) {
   if (num_found <= limit) {
     for (Scan& scan : unit.scans) {
       for (const Found& found : scan.found) {
-        scan.positions.insert(scan.positions.end(), found.positions.begin(), found.positions.end());
-        scan.inverses.insert(scan.inverses.end(), found.inverses.begin(), found.inverses.end());
+        append(scan.positions, found.positions);
+        append(scan.inverses, found.inverses);
       }
     }
     return;
   }
   std::vector<float> slacks(num_found), reached;
   std::size_t at = 0, num_drawn = 0;
-  for_each_chunk(unit, [&](const Scan& scan, const Found& found, std::size_t first, int count, std::int64_t c,
-                           const std::int16_t* bounds) {
-    find_slacks(unit, scan, c, count, bounds, &slacks[at]);
-    for (int n = 0; n < count; ++n, ++at) {
+  for_each_chunk(unit, [&](const Found& found, std::size_t first, const FoundBounds& bounds) {
+    find_slacks(bounds, &slacks[at]);
+    for (int n = 0; n < bounds.count; ++n, ++at) {
       if (found.inverses[first + static_cast<std::size_t>(n)] > 1.0f) {
         ++num_drawn;
       } else {

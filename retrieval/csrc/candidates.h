@@ -25,11 +25,21 @@ class Refiner {
       : unit_(unit), scan_(scan), scale_(scale), found_(found) {}
 
   // Those of chunk c, scanned into `in`: keys whose bound reaches `listed` of a head; of a head that looks widely, those
-  // whose estimate reaches its floor and some of the others, drawn once for all such heads of the unit. Returns how many
-  // were drawn.
-  std::int64_t refine(std::int64_t c, const ChunkBounds& in);
+  // whose estimate reaches its floor and some of the others, drawn once for all such heads of the unit. They are listed
+  // when the next chunk has been looked at: what has just been written key by key is not yet to be had in vectors.
+  void refine(std::int64_t c, const ChunkBounds& in);
+  // Lists those of the last chunk.
+  void finish() { list(caught_[1 - turn_]); }
 
  private:
+  // Keys taken from a chunk.
+  struct Caught {
+    std::int64_t chunk;
+    int count = -1;  // negative: of none
+    Lot lots[kMaxGroup];
+    std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
+  };
+  void list(Caught& caught);
   void set_takings(std::int64_t c);
   int take(std::int64_t c, const ChunkBounds& in, const Taken& taken) const;
 
@@ -39,6 +49,8 @@ class Refiner {
   Found& found_;
   float keys_unit_ = -1.0f;  // of the chunk that takings_ are made for
   Taking takings_[kMaxGroup];
+  Caught caught_[2];
+  int turn_ = 0;
 };
 
 // Drops keys whose bounds no longer reach what is listed, since a better key came later; those that were drawn if no head

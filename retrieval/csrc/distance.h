@@ -116,6 +116,10 @@ struct Kernels {
               const std::int16_t* luck, const Draw* draws, const std::int16_t* floors, std::uint32_t wanted, int begin,
               int end, const Taken& taken);
 
+  // Raises n logarithms of chances to those of one query: 0 where bounds[i] >= draw.sure, and everywhere if step > 0
+  // step * (bounds[i] - factors[i] * lift / 2^15, rounded, - draw.floor + 0.5).
+  void (*raise)(const std::int16_t* bounds, const std::int16_t* factors, const Draw& draw, float step, int n, float* chances);
+
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);
 };

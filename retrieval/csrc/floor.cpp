@@ -19,8 +19,8 @@ Queries one_query(const Unit& unit, int h) {
 
 // Blocks that were scanned, counted through all scans, and the best bound of each, as a score.
 struct Tops {
-  std::vector<float> bounds;
-  std::vector<std::int32_t> blocks;
+  List<float> bounds;
+  List<std::int32_t> blocks;
 };
 
 struct Place {
@@ -28,16 +28,14 @@ struct Place {
   std::int32_t position;
 };
 
-// The first `count` keys by their bounds; lists are longer.
+// Keys by their bounds.
 struct Probes {
-  std::vector<float> bounds;
-  std::vector<Place> places;
-  std::size_t count = 0;
+  List<float> bounds;
+  List<Place> places;
 
-  void reserve(std::size_t more) {
-    if (count + more <= bounds.size()) return;
-    bounds.resize(2 * (count + more));
-    places.resize(2 * (count + more));
+  void resize(std::size_t count) {
+    bounds.resize(count);
+    places.resize(count);
   }
 };
 
@@ -45,8 +43,8 @@ struct Probes {
 struct Lists {
   Tops tops;
   Probes probes;
-  std::vector<std::int32_t> positions;
-  std::vector<float> scores;
+  List<std::int32_t> positions;
+  List<float> scores;
 };
 
 void read_tops(const Unit& unit, int h, Tops& tops) {
@@ -73,15 +71,15 @@ void read_tops(const Unit& unit, int h, Tops& tops) {
   tops.blocks.resize(count);
 }
 
-// A value that at least `wanted` of `count` values reach, of which there are more, and hardly more than that. By halves:
-// to count takes a few vector instructions, to sort mispredicted branches.
-float reached_by(const float* values, std::size_t count, std::size_t wanted) {
-  const auto num = static_cast<int>(count);
-  float low = *std::min_element(values, values + count), high = kernels().maximum(values, num);
+// A value that at least `wanted` of the values reach, of which there are more, and hardly more than that. By halves: to
+// count takes a few vector instructions, to sort mispredicted branches.
+float reached_by(const List<float>& values, std::size_t wanted) {
+  const auto num = static_cast<int>(values.size());
+  float low = *std::min_element(values.begin(), values.end()), high = kernels().maximum(values.data(), num);
   for (int turn = 0; turn < 16 && low < high; ++turn) {
     const float middle = low + 0.5f * (high - low);
     float sum;
-    const auto reaching = static_cast<std::size_t>(num - kernels().below(values, num, middle, &sum));
+    const auto reaching = static_cast<std::size_t>(num - kernels().below(values.data(), num, middle, &sum));
     (reaching >= wanted ? low : high) = middle;
     if (reaching >= wanted && reaching <= wanted + wanted / 8) break;
   }
@@ -90,7 +88,7 @@ float reached_by(const float* values, std::size_t count, std::size_t wanted) {
 
 // A bound that about `wanted` keys or more reach: each block's best passes the least of the wanted tops.
 float probe_bound(const Unit& unit, int h, const Tops& tops, std::size_t wanted) {
-  if (tops.bounds.size() > wanted) return reached_by(tops.bounds.data(), tops.bounds.size(), wanted);
+  if (tops.bounds.size() > wanted) return reached_by(tops.bounds, wanted);
   if (tops.bounds.empty()) return -kInfinity;
   // Few blocks: go down from the least top in growing steps until enough keys pass.
   const auto [least, most] = std::minmax_element(tops.bounds.begin(), tops.bounds.end());
@@ -118,11 +116,12 @@ float probe_bound(const Unit& unit, int h, const Tops& tops, std::size_t wanted)
 
 // Keeps the best probes, `wanted` or somewhat more; rest: raised to what all others have at most.
 void cut(Probes& probes, std::size_t wanted, float& rest) {
-  if (probes.count <= wanted) return;
-  float *bounds = probes.bounds.data(), least = reached_by(bounds, probes.count, wanted);
+  const std::size_t count = probes.bounds.size();
+  if (count <= wanted) return;
+  float *bounds = probes.bounds.data(), least = reached_by(probes.bounds, wanted);
   Place* places = probes.places.data();
   std::size_t kept = 0;
-  for (std::size_t i = 0; i < probes.count; ++i) {
+  for (std::size_t i = 0; i < count; ++i) {
     const float bound = bounds[i];
     bounds[kept] = bound;
     places[kept] = places[i];
@@ -133,7 +132,7 @@ void cut(Probes& probes, std::size_t wanted, float& rest) {
     least = kernels().maximum(bounds, static_cast<int>(kept));
   }
   rest = std::max(rest, least);
-  probes.count = kept;
+  probes.resize(kept);
 }
 
 // Keys of a block whose bounds reach `rest`.
@@ -147,8 +146,8 @@ void read_block(const Unit& unit, int h, std::size_t s, std::int64_t block, floa
   const auto first_group = static_cast<int>(block % kBlocksPerChunk * kBlockGroups);
   std::uint64_t masks[kBlockGroups];  // of groups that were not scanned they tell nothing
   kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
-  probes.reserve(kBlockKeys);
-  std::size_t count = probes.count;
+  std::size_t count = probes.bounds.size();
+  probes.resize(count + kBlockKeys);
   for (int g = 0; g < kBlockGroups; ++g) {
     if (masks[g] == 0) continue;
     for_each_bit(masks[g] & scan.visible(c, first_group + g), [&](int i) {
@@ -157,18 +156,17 @@ void read_block(const Unit& unit, int h, std::size_t s, std::int64_t block, floa
       probes.places[count++] = {static_cast<std::uint32_t>(s), static_cast<std::int32_t>(first_key + at)};
     });
   }
-  probes.count = count;
+  probes.resize(count);
 }
 
 void score_probes(const Unit& unit, int h, Lists& lists) {
   const Queries query = one_query(unit, h);
-  const Place* places = lists.probes.places.data();
-  lists.scores.resize(lists.probes.count);
+  lists.scores.resize(lists.probes.places.size());
   std::size_t done = 0;
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     lists.positions.clear();
-    for (std::size_t i = 0; i < lists.probes.count; ++i) {
-      if (places[i].scan == s) lists.positions.push_back(places[i].position);
+    for (const Place& place : lists.probes.places) {
+      if (place.scan == s) lists.positions.push_back(place.position);
     }
     const auto count = static_cast<int>(lists.positions.size());
     kernels().score(query, unit.scans[s].part->key_rows(unit.kv_head), lists.positions.data(), 0, count,
@@ -179,10 +177,10 @@ void score_probes(const Unit& unit, int h, Lists& lists) {
 
 // Exact scores of the keys with the highest bounds, at least `wanted` if there are so many; all others have bounds of at
 // most `rest`. Until the thread's next call.
-std::vector<float>& probe(const Unit& unit, int h, std::size_t wanted, float& rest) {
+List<float>& probe(const Unit& unit, int h, std::size_t wanted, float& rest) {
   thread_local Lists lists;
   auto& [tops, probes, positions, scores] = lists;
-  probes.count = 0;
+  probes.resize(0);
   read_tops(unit, h, tops);
   rest = probe_bound(unit, h, tops, wanted);
   std::size_t num_best = 0;
@@ -200,7 +198,7 @@ std::vector<float>& probe(const Unit& unit, int h, std::size_t wanted, float& re
     std::size_t s = 0;
     for (; block >= unit.scans[s].num_chunks * kBlocksPerChunk; ++s) block -= unit.scans[s].num_chunks * kBlocksPerChunk;
     read_block(unit, h, s, block, rest, probes);
-    if (probes.count > 6 * wanted) cut(probes, 2 * wanted, rest);
+    if (probes.bounds.size() > 6 * wanted) cut(probes, 2 * wanted, rest);
   }
   cut(probes, 2 * wanted, rest);
   score_probes(unit, h, lists);
@@ -209,7 +207,7 @@ std::vector<float>& probe(const Unit& unit, int h, std::size_t wanted, float& re
 
 }  // namespace
 
-float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale) {
+float floor_of(float best, List<float>& scores, int k, const Budget& budget, float scale) {
   const float floor = k > 0 ? kInfinity : best - budget.beta / scale;
   const auto least = static_cast<std::size_t>(k > 0 ? k : budget.min_keys);
   if (k == 0 && least <= 1) return floor;  // the best key passes anyway
@@ -230,7 +228,7 @@ void find_floor(Unit& unit, int h, int k, const Budget& budget, float scale, boo
   for (const Scan& scan : unit.scans) num_visible += scan.end - scan.begin;
   if (num_visible <= 4 * static_cast<std::int64_t>(wanted)) return;  // score them all
   float rest = kInfinity;
-  std::vector<float>& scores = probe(unit, h, wanted, rest);
+  List<float>& scores = probe(unit, h, wanted, rest);
   unit.num_probed[h] += static_cast<std::int64_t>(scores.size());
   for (const float score : scores) unit.best[h] = std::max(unit.best[h], score);
   unit.floor[h] = unit.listed[h] = floor_of(unit.best[h], scores, k, budget, scale);

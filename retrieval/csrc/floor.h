@@ -24,6 +24,6 @@ void look_for_best(const Unit& unit, const Scan& scan, std::int64_t c, const Chu
 void settle_best(Unit& unit, int h, const Budget& budget, float scale);
 
 // The score that a key must reach, given the best one and some scores; the order of scores is lost.
-float floor_of(float best, std::vector<float>& scores, int k, const Budget& budget, float scale);
+float floor_of(float best, List<float>& scores, int k, const Budget& budget, float scale);
 
 }  // namespace retrieval

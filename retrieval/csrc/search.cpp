@@ -139,7 +139,8 @@ void Job::list_chunks(Unit& unit, const Task& task) {
   if (unit.is_long) return drop(unit, scan, found);
   begin(unit, task, found);
   Refiner refiner(unit, scan, scale_, found);
-  for (std::int64_t c = task.begin; c < task.end; ++c) found.num_drawn += refiner.refine(c, scan.bounds_of(c));
+  for (std::int64_t c = task.begin; c < task.end; ++c) refiner.refine(c, scan.bounds_of(c));
+  refiner.finish();
 }
 
 void Job::count_found(Unit& unit) {
@@ -174,8 +175,9 @@ void Job::search_chunks(Unit& unit, const Task& task) {
     num_ahead -= __builtin_popcount(scan.chosen[c]);
     scan_chunk(unit, scan, c, here);
     look_for_best(unit, scan, c, here, budget_, scale_, found);
-    found.num_drawn += refiner.refine(c, here);
+    refiner.refine(c, here);
   }
+  refiner.finish();
 }
 
 // What was found is cut to the budget.
@@ -210,7 +212,7 @@ void Job::score(Unit& unit, const Task& task) {
 }
 
 void Job::settle_floor(Unit& unit, int k) {
-  std::vector<float> scores;
+  List<float> scores;
   for (int h = 0; h < unit.queries.num; ++h) {
     scores.clear();
     for (const Scan& scan : unit.scans) {

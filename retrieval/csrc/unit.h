@@ -10,6 +10,7 @@
 
 #include "attend.h"
 #include "code_query.h"
+#include "list.h"
 
 namespace retrieval {
 
@@ -40,10 +41,10 @@ inline constexpr std::size_t kUsualCandidates = 512;  // of a chunk task
 
 // What a chunk task has found, in order.
 struct Found {
-  std::vector<std::int32_t> positions;
-  std::vector<float> inverses;             // one over the chance that a key was drawn; 1 if it was not left to chance
-  std::vector<std::int16_t> bounds;        // [num][counts[i]] of each chunk i
-  std::vector<int> counts;                 // of each chunk that was scanned
+  List<std::int32_t> positions;
+  List<float> inverses;              // one over the chance that a key was drawn; 1 if it was not left to chance
+  List<std::int16_t> bounds;         // [num][counts[i]] of each chunk i, of a long search: the scan keeps them else
+  std::vector<int> counts;           // of each chunk that was scanned
   float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
   bool draws[kMaxGroup];
   std::int64_t num_probed[kMaxGroup] = {};   // keys scored to know the best
@@ -85,8 +86,8 @@ struct Scan {
   float* peaks = nullptr;          // [num][num_chunks] the same as scores
   float* log_times = nullptr;      // [num_chunks * kChunkGroups] logarithm of how many like it a scanned group stands for
   std::vector<Found> found;                   // by chunk task
-  std::vector<std::int32_t> positions;        // all found, ascending
-  std::vector<float> inverses;                // Found::inverses of each
+  List<std::int32_t> positions;               // all found, ascending
+  List<float> inverses;                       // Found::inverses of each
   float* scores = nullptr;                    // [num][positions.size()]
 
   // A scan that goes on using the lists of one that is over.

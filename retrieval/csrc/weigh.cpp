@@ -13,20 +13,27 @@ namespace {
 std::pair<std::int64_t, int> move_together(const std::int32_t* candidates, const float* inverses, int num_candidates,
                                            const float* floors, int num, float* scores, std::int32_t* kept,
                                            float* kept_inverses) {
-  std::int64_t num_reached = 0;
-  int count = 0;
-  for (int i = 0; i < num_candidates; ++i) {
-    bool is_kept = false;
-    for (int h = 0; h < num; ++h) {
-      const float score = scores[h * kTileKeys + i];
-      const bool is_mine = score >= floors[h];
-      scores[h * kTileKeys + count] = is_mine ? score : -kInfinity;
-      is_kept |= is_mine;
-      num_reached += is_mine ? 1 : 0;
+  int num_mine[kTileKeys] = {}, from[kTileKeys], num_reached = 0, count = 0;
+  for (int h = 0; h < num; ++h) {
+    float* row = scores + h * kTileKeys;
+    for (int i = 0; i < num_candidates; ++i) {
+      const bool is_mine = row[i] >= floors[h];
+      row[i] = is_mine ? row[i] : -kInfinity;
+      num_mine[i] += is_mine ? 1 : 0;
     }
-    kept[count] = candidates[i];
-    kept_inverses[count] = inverses[i];
-    count += is_kept ? 1 : 0;
+  }
+  for (int i = 0; i < num_candidates; ++i) {
+    from[count] = i;
+    count += num_mine[i] > 0 ? 1 : 0;
+    num_reached += num_mine[i];
+  }
+  for (int h = 0; h < num; ++h) {
+    float* row = scores + h * kTileKeys;
+    for (int n = 0; n < count; ++n) row[n] = row[from[n]];
+  }
+  for (int n = 0; n < count; ++n) {
+    kept[n] = candidates[from[n]];
+    kept_inverses[n] = inverses[from[n]];
   }
   return {num_reached, count};
 }
