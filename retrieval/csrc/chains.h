@@ -13,7 +13,7 @@ namespace retrieval {
 
 // All threads of a pool work on all chains at once: each begins with chains of its own, whose data it then has in its
 // cache, and helps with others where its own have nothing to give. Nobody waits for the end of a stage but who has nothing
-// else to do.
+// else to do; and where a chain's own thread does, it is the one to go on.
 class Chains {
  public:
   static constexpr std::int64_t kEnd = -1;
@@ -34,11 +34,33 @@ class Chains {
     std::atomic<std::uint64_t> next{0};
     std::atomic<std::int64_t> num_left{1};
     std::int64_t counts[kMaxStages + 1] = {1};  // tasks by stage; written before `next` shows the stage
+    // Who does a stage's last task goes on to the next stage, unless the thread whose chain it is waits for just that.
+    enum Owner : int { kBusy, kWaits, kIsCalled };
+    std::atomic<int> owner{kBusy};
+
     bool has_ended() const { return next.load(std::memory_order_acquire) >> 32 > kMaxStages; }
+    // Whether a value of `next` stands for a task.
+    bool has_task(std::uint64_t at) const {
+      const std::uint64_t stage = at >> 32;
+      return stage <= kMaxStages && static_cast<std::int64_t>(at & 0xffffffffu) < counts[stage];
+    }
+    // By the owner. False: it has been called.
+    void await() { owner.store(kWaits); }
+    bool is_left() const { return owner.load(std::memory_order_relaxed) == kIsCalled; }
+    bool stop_awaiting() { return owner.exchange(kBusy) == kWaits; }
+    // By another thread that has done the last task: whether the owner goes on.
+    bool leave() {
+      int waits = kWaits;
+      return owner.compare_exchange_strong(waits, kIsCalled);
+    }
   };
+  static constexpr int kIdleTurns = 16;  // between looks at the chains of others
 
   void help(std::size_t self, std::size_t num_threads);
-  bool do_one(std::size_t at);
+  bool do_one(std::size_t at, bool is_own);
+  void proceed(std::size_t at);
+  template <typename Do>
+  void guard(Do act);
   void advance_from(std::size_t at, int stage);
 
   const Advance advance_;
