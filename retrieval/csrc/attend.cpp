@@ -84,7 +84,8 @@ bool Job::is_small() const {
 }
 
 void Job::add_part(Desk& desk, const Part& part, bool is_searched) const {
-  auto& [unit, arena] = desk;
+  Unit& unit = desk.unit;
+  Arena& arena = desk.arena;
   const std::int64_t num_heads = unit.queries.num;
   if (part.end <= part.begin) return;
   unit.stats.num_visible += num_heads * (part.end - part.begin);

@@ -19,7 +19,7 @@ void Chains::help(std::size_t self, std::size_t num_threads) {
   const auto chain = [&](std::size_t k) -> Chain& { return chains_[(home + k) % num]; };
   const auto is_needed = [&] {
     for (std::size_t k = num_ended; k < num_own; ++k) {
-      if (chain(k).is_left() || chain(k).has_task(chain(k).next.load(std::memory_order_acquire))) return true;
+      if (chain(k).is_left() || chain(k).has_task(true)) return true;
     }
     return false;
   };
@@ -43,21 +43,30 @@ void Chains::help(std::size_t self, std::size_t num_threads) {
 // A task of the chain, if there is one to be had.
 bool Chains::do_one(std::size_t at, bool is_own) {
   Chain& chain = chains_[at];
-  if (!chain.has_task(chain.next.load(std::memory_order_acquire))) return false;
-  const std::uint64_t mine = chain.next.fetch_add(1, std::memory_order_acq_rel);
-  if (!chain.has_task(mine)) return false;
-  const auto stage = static_cast<int>(mine >> 32);
+  Place place;
+  if (!chain.has_task(is_own) || !chain.take(is_own, place)) return false;
   guard([&] {
-    if (stage > 0) work_(at, stage - 1, static_cast<std::int64_t>(mine & 0xffffffffu));
+    if (place.stage > 0) work_(at, place.stage - 1, place.task);
     const bool is_last = chain.num_left.fetch_sub(1, std::memory_order_acq_rel) == 1;
-    if (is_last && (is_own || !chain.leave())) advance_from(at, stage);
+    if (is_last && (is_own || !chain.leave())) advance_from(at, place.stage);
   });
+  return true;
+}
+
+// The owner takes tasks from the front; others from the back, so that it is the same ones from call to call.
+bool Chains::Chain::take(bool is_own, Place& place) {
+  std::uint64_t at = next.load(std::memory_order_acquire);
+  do {
+    if (!is_task(at, is_own)) return false;
+  } while (!next.compare_exchange_weak(at, at + (is_own ? 1 : kOneHelped), std::memory_order_acq_rel));
+  place.stage = stage_of(at);
+  place.task = is_own ? front_of(at) : counts[place.stage] - 1 - helped_of(at);
   return true;
 }
 
 // What another thread has left to the chain's own.
 void Chains::proceed(std::size_t at) {
-  guard([&] { advance_from(at, static_cast<int>(chains_[at].next.load(std::memory_order_acquire) >> 32)); });
+  guard([&] { advance_from(at, Chain::stage_of(chains_[at].next.load(std::memory_order_acquire))); });
 }
 
 template <typename Do>
@@ -72,15 +81,17 @@ void Chains::guard(Do act) {
 
 void Chains::advance_from(std::size_t at, int stage) {
   Chain& chain = chains_[at];
-  std::int64_t count = 0;
-  while (count == 0 && stage < kMaxStages) count = advance_(at, stage++);
-  if (count <= 0) {
-    chain.next.store(std::uint64_t{kMaxStages + 1} << 32, std::memory_order_release);
+  const std::int64_t num_helped = Chain::helped_of(chain.next.load(std::memory_order_relaxed));
+  Stage next{0};
+  while (next.count == 0 && stage < kMaxStages) next = advance_(at, stage++, num_helped);
+  if (next.count <= 0) {
+    chain.next.store(Chain::place_of(kMaxStages + 1), std::memory_order_release);
     return;
   }
-  chain.counts[stage] = count;
-  chain.num_left.store(count, std::memory_order_relaxed);
-  chain.next.store(static_cast<std::uint64_t>(stage) << 32, std::memory_order_release);
+  chain.counts[stage] = next.count;
+  chain.most_helped[stage] = next.most_helped;
+  chain.num_left.store(next.count, std::memory_order_relaxed);
+  chain.next.store(Chain::place_of(stage), std::memory_order_release);
 }
 
 }  // namespace retrieval

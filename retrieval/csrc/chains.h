@@ -18,9 +18,15 @@ class Chains {
  public:
   static constexpr std::int64_t kEnd = -1;
   static constexpr int kMaxStages = 16;
-  // Called when all earlier stages of the chain are done, and stages without tasks passed over: how many tasks the stage
-  // has, fewer than 2^32, or kEnd. One thread at a time per chain.
-  using Advance = std::function<std::int64_t(std::size_t chain, int stage)>;
+  // How many tasks a stage has, fewer than 2^24, or kEnd; and how many of them, the last ones, threads other than the
+  // chain's own may do.
+  struct Stage {
+    std::int64_t count;
+    std::int64_t most_helped = std::int64_t{1} << 24;
+  };
+  // Called when all earlier stages of the chain are done, of which others have done num_helped tasks of the last one that
+  // had any. One thread at a time per chain.
+  using Advance = std::function<Stage(std::size_t chain, int stage, std::int64_t num_helped)>;
   using Work = std::function<void(std::size_t chain, int stage, std::int64_t task)>;
 
   Chains(std::size_t num_chains, Advance advance, Work work);
@@ -29,21 +35,38 @@ class Chains {
   void run_alone() { help(0, 1); }
 
  private:
+  struct Place {
+    int stage = 0;
+    std::int64_t task = 0;
+  };
   struct alignas(64) Chain {
-    // The stage in the upper half, its next task in the lower one. Stage 0 is ours: its one task is to begin.
+    // The stage, how many of its tasks others have taken, and how many its own thread. Stage 0 is ours: its one task is to
+    // begin.
     std::atomic<std::uint64_t> next{0};
     std::atomic<std::int64_t> num_left{1};
-    std::int64_t counts[kMaxStages + 1] = {1};  // tasks by stage; written before `next` shows the stage
+    std::int64_t counts[kMaxStages + 1] = {1};       // tasks by stage; written before `next` shows the stage
+    std::int64_t most_helped[kMaxStages + 1] = {1};  // of them
+    static constexpr int kHelpedBit = 24, kStageBit = 48;
+    static constexpr std::uint64_t kOneHelped = std::uint64_t{1} << kHelpedBit;
+    static int stage_of(std::uint64_t at) { return static_cast<int>(at >> kStageBit); }
+    static std::int64_t front_of(std::uint64_t at) { return static_cast<std::int64_t>(at & (kOneHelped - 1)); }
+    static std::int64_t helped_of(std::uint64_t at) { return front_of(at >> kHelpedBit); }
+    static std::uint64_t place_of(int stage) { return static_cast<std::uint64_t>(stage) << kStageBit; }
+
+    bool has_ended() const { return stage_of(next.load(std::memory_order_acquire)) > kMaxStages; }
+    // Whether there is a task at a value of `next`.
+    bool is_task(std::uint64_t at, bool is_own) const {
+      const int stage = stage_of(at);
+      return stage <= kMaxStages && front_of(at) + helped_of(at) < counts[stage] &&
+             (is_own || helped_of(at) < most_helped[stage]);
+    }
+    bool has_task(bool is_own) const { return is_task(next.load(std::memory_order_acquire), is_own); }
+    bool take(bool is_own, Place& place);
+
     // Who does a stage's last task goes on to the next stage, unless the thread whose chain it is waits for just that.
     enum Owner : int { kBusy, kWaits, kIsCalled };
     std::atomic<int> owner{kBusy};
 
-    bool has_ended() const { return next.load(std::memory_order_acquire) >> 32 > kMaxStages; }
-    // Whether a value of `next` stands for a task.
-    bool has_task(std::uint64_t at) const {
-      const std::uint64_t stage = at >> 32;
-      return stage <= kMaxStages && static_cast<std::int64_t>(at & 0xffffffffu) < counts[stage];
-    }
     // By the owner. False: it has been called.
     void await() { owner.store(kWaits); }
     bool is_left() const { return owner.load(std::memory_order_relaxed) == kIsCalled; }

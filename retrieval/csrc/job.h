@@ -37,7 +37,7 @@ class Job {
   std::int64_t num_searched(const std::vector<const Part*>& sequence) const;
   bool is_small() const;
   // The stages of a unit: what comes before one, and how many tasks it has; and a task of it.
-  std::int64_t advance(std::size_t at, int stage, int k, float* out, float* lse);
+  Chains::Stage advance(std::size_t at, int stage, std::int64_t num_helped, int k, float* out, float* lse);
   void work(Desk& desk, int stage, std::size_t i, int k);
 
   void plan(Desk& desk, const Place& place) const;

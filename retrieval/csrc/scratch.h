@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -15,6 +16,7 @@ namespace retrieval {
 struct Desk {
   Unit unit;
   Arena arena;
+  std::int64_t num_helped = 0;  // scan tasks, the last ones, that other threads than its own did
 };
 // A place for the sums over some keys, which begin at none.
 std::size_t add_partial(Desk& desk);

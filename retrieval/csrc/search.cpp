@@ -32,39 +32,41 @@ void begin(const Unit& unit, const Task& task, Found& found) {
 
 }  // namespace
 
-std::int64_t Job::advance(std::size_t at, int stage, int k, float* out, float* lse) {
+Chains::Stage Job::advance(std::size_t at, int stage, std::int64_t num_helped, int k, float* out, float* lse) {
   Desk& desk = scratch_.desk(at);
   Unit& unit = desk.unit;
   if (stage == kBegin) plan(desk, places_[at]);
   const auto num_scans = static_cast<std::int64_t>(unit.scan_tasks.size());
   switch (stage) {
     case kBegin:
-      return static_cast<std::int64_t>(unit.exact_tasks.size()) + (num_scans > 0 ? 1 : 0);
+      return {static_cast<std::int64_t>(unit.exact_tasks.size()) + (num_scans > 0 ? 1 : 0)};
     case kMeans:
-      return unit.is_long ? num_scans : 0;
+      return {unit.is_long ? num_scans : 0};
     case kScan:
       if (unit.is_long && num_scans > 0) look_first(unit);
-      return num_scans;
+      return {num_scans};
     case kFloors:
-      if (num_scans == 0 && !will_list_) return 0;
-      if (!unit.is_long) return unit.queries.num;
+      desk.num_helped = num_helped;
+      if (num_scans == 0 && !will_list_) return {0};
+      if (!unit.is_long) return {unit.queries.num};
       for (int h = 0; h < unit.queries.num; ++h) settle_best(unit, h, budget_, scale_);
-      return 0;
+      return {0};
     case kList:
       if (!unit.is_long) set_start(unit);
-      return !unit.is_long || unit.is_raised ? num_scans : 0;
+      // Who scanned lists: to fetch another thread's bounds takes longer than to look through them.
+      return {!unit.is_long || unit.is_raised ? num_scans : 0, desk.num_helped};
     case kScore:
       count_found(unit);
       gather(unit);
       share_out(desk);
-      return has_ranks_ ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
+      return {has_ranks_ ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0};
     case kWeigh:
       if (has_ranks_) settle_floor(unit, k);
-      return out != nullptr ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0;
+      return {out != nullptr ? static_cast<std::int64_t>(unit.score_tasks.size()) : 0};
     default:
       unit.stats.num_scored += std::accumulate(unit.num_probed, unit.num_probed + kMaxGroup, std::int64_t{0});
       if (out != nullptr) merge(unit, out, lse);
-      return Chains::kEnd;
+      return {Chains::kEnd};
   }
 }
 
@@ -90,7 +92,7 @@ void Job::work(Desk& desk, int stage, std::size_t i, int k) {
 
 void Job::run(ThreadPool& pool, int k, float* out, float* lse) {
   Chains chains(
-      num_units(), [=](std::size_t u, int stage) { return advance(u, stage, k, out, lse); },
+      num_units(), [=](std::size_t u, int stage, std::int64_t helped) { return advance(u, stage, helped, k, out, lse); },
       [=](std::size_t u, int stage, std::int64_t i) { work(scratch_.desk(u), stage, static_cast<std::size_t>(i), k); });
   is_small() ? chains.run_alone() : chains.run(pool);
 }
