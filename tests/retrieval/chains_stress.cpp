@@ -22,7 +22,7 @@ constexpr int kStages = 8;
 struct Chain {
   std::vector<std::vector<int>> times;  // each task of each stage was done
   int stage = -1;
-  std::int64_t num_last = 0;  // tasks of the last stage that had any
+  std::int64_t most_helped = 1;  // of the last stage that had tasks
 
   explicit Chain(std::mt19937& rng) {
     for (int s = 0; s < kStages; ++s) times.emplace_back(rng() % 4 == 0 ? 0 : rng() % 9);
@@ -38,13 +38,14 @@ struct Chain {
   Chains::Stage advance(int next, std::int64_t num_helped) {
     if (next <= stage) fail("stages are out of order");
     if (!is_done(std::min(next, kStages))) fail("a stage began before its last one was done");
-    if (num_helped < 0 || num_helped > std::max<std::int64_t>(1, num_last)) fail("helpers did more than there was");
+    if (num_helped < 0 || num_helped > most_helped) fail("helpers did more than they may");
     stage = next;
     if (next >= kStages) return {Chains::kEnd};
     const auto count = static_cast<std::int64_t>(times[static_cast<std::size_t>(next)].size());
-    if (count > 0) num_last = count;
     // Every third stage is done by those who did the last one.
-    return next % 3 == 2 ? Chains::Stage{count, num_helped} : Chains::Stage{count};
+    const std::int64_t most = next % 3 == 2 ? num_helped : count;
+    if (count > 0) most_helped = most;
+    return {count, most};
   }
 };
 
