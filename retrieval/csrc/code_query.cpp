@@ -75,9 +75,9 @@ CodeQuery prepare_query(const LayerCodes& codes, int head, const Queries& querie
   own_deviations(held, mapped, queries.num, dims, out.own);
   for (int h = 0; h < queries.num; ++h) {
     const float *rotated = mapped + h * dims, *query = queries.values + h * dims;
-    out.base[h] = std::inner_product(query, query + dims, held.centroid.data(), 0.0f);
-    out.norm[h] = std::sqrt(std::inner_product(rotated, rotated + dims, rotated, 0.0f));
-    coded_norm[h] = std::sqrt(std::inner_product(rotated, rotated + num_coded, rotated, 0.0f));
+    out.base[h] = dot(query, held.centroid.data(), dims);
+    out.norm[h] = std::sqrt(dot(rotated, rotated, dims));
+    coded_norm[h] = std::sqrt(dot(rotated, rotated, num_coded));
   }
   for (CodeReading* reading : {&out.keys, &out.means}) {
     const bool is_of_keys = reading == &out.keys;

@@ -1,4 +1,4 @@
-// Element types of keys and values and their conversion to float32.
+// Element types of keys and values, their conversion to float32 and their inner products.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,17 @@ static inline float bf16_to_float(std::uint16_t half) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+// Eight partial sums, so that the loop vectorizes without leave to reorder.
+static inline float dot(const float* a, const float* b, int n) {
+  float sums[8] = {};
+  int j = 0;
+  for (; j + 8 <= n; j += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += a[j + lane] * b[j + lane];
+  }
+  for (; j < n; ++j) sums[0] += a[j] * b[j];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
 }  // namespace retrieval

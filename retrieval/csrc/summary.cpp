@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace retrieval {
 namespace {
@@ -119,7 +118,7 @@ float uncoded_deviation(const Uncoded& uncoded, const float* mapped, int num_unc
   float squared = 0.0f;
   for (int a = 0; a < num_uncoded; ++a) {
     const float* row = uncoded.moment.data() + a * num_uncoded;
-    squared += mapped[a] * std::inner_product(row, row + num_uncoded, mapped, 0.0f);
+    squared += mapped[a] * dot(row, mapped, num_uncoded);
   }
   return std::sqrt(std::max(0.0f, squared) / static_cast<float>(uncoded.factors));
 }
