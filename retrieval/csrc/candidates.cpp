@@ -51,13 +51,16 @@ void for_each_chunk(Unit& unit, Visit visit) {
 
 // Largest distances of the bounds of keys above what makes their head take them.
 void find_slacks(const FoundBounds& bounds, float* slacks) {
-  const auto& [unit, scan, positions, kept, c, count] = bounds;
-  std::fill_n(slacks, count, -kInfinity);
+  const Unit& unit = bounds.unit;
+  const Scan& scan = bounds.scan;
+  std::fill_n(slacks, bounds.count, -kInfinity);
   for (int h = 0; h < unit.queries.num; ++h) {
     const float least = unit.draws[h] > 0.0f ? std::min(unit.floor[h], unit.heavy[h]) : unit.listed[h];
     // As threshold rounds down, so a bound in the last step counts as reaching it.
-    const float step = scan.bound_unit(c, h), base = scan.query.base[h] - least + 2.0f * step;
-    for (int n = 0; n < count; ++n) slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds.of(h, n)));
+    const float step = scan.bound_unit(bounds.c, h), base = scan.query.base[h] - least + 2.0f * step;
+    for (int n = 0; n < bounds.count; ++n) {
+      slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds.of(h, n)));
+    }
   }
 }
 
@@ -126,7 +129,10 @@ void Refiner::refine(std::int64_t c, const ChunkBounds& in) {
   set_takings(c);
   caught.chunk = c;
   caught.count = take(c, in, {caught.slots, caught.factors, caught.bounds});
-  for (int h = 0; h < unit_.queries.num; ++h) caught.lots[h] = takings_[h].draws ? takings_[h].lot : takings_[h].lot.sure_only();
+  for (int h = 0; h < unit_.queries.num; ++h) {
+    const Lot& lot = takings_[h].lot;
+    caught.lots[h] = takings_[h].draws ? lot : lot.sure_only();
+  }
   turn_ = 1 - turn_;
   list(caught_[turn_]);
 }

@@ -33,14 +33,13 @@ struct Lot {
 
   // Logarithm of the chance; 0 and more: taken for certain.
   float log_chance(std::int16_t bound, std::int16_t factor) const {
-    const std::int32_t estimate = bound - ((std::int32_t{factor} * draw.lift + (1 << 14)) >> 15);
-    return step * (static_cast<float>(estimate - draw.floor) + 0.5f);
+    return step * (static_cast<float>(bound - times(factor, draw.lift) - draw.floor) + 0.5f);
   }
   // Of a head that does not draw.
   Lot sure_only() const { return {draw, 0.0f}; }
   // Whether it could be drawn by that bound, at any factor, with that luck.
   bool may_draw(std::int16_t bound, std::int16_t luck) const {
-    const std::int32_t lucky = ((std::int32_t{luck} * draw.spread + (1 << 14)) >> 15) << draw.doublings;
+    const std::int32_t lucky = times(luck, draw.spread) << draw.doublings;
     return draw.lift < 0 || bound + lucky >= draw.floor;
   }
   // The limit where all chances are larger, by a logarithm.

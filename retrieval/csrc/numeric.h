@@ -1,4 +1,4 @@
-// Element types of keys and values, their conversion to float32 and their inner products.
+// Element types of keys and values and their conversion to float32; small sums and products.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,11 @@ static inline float bf16_to_float(std::uint16_t half) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+// Product of a factor in units of 2^-15, rounded.
+static inline std::int32_t times(std::int16_t a, std::int16_t factor) {
+  return (std::int32_t{a} * factor + (1 << 14)) >> 15;
 }
 
 // Eight partial sums, so that the loop vectorizes without leave to reorder.

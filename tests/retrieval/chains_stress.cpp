@@ -1,5 +1,7 @@
 // Random chains on one to four threads: every task is done once, stages keep their order and what one stage wrote the
-// next one reads, an exception ends the run. What chains share is plain memory, so that ThreadSanitizer sees a missing order.
+// next one reads, an exception ends the run. What chains share is plain memory, where ThreadSanitizer sees a missing order.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
