@@ -148,7 +148,8 @@ void Job::plan(Desk& desk, const Place& place) const {
 }
 
 void Job::weigh(Unit& unit, std::size_t i) {
-  unit.weighed[i] = weigh_candidates(unit, unit.score_tasks[i], scale_, has_ranks_);
+  const Task& task = unit.score_tasks[i];
+  unit.weighed[i] = unit.is_clear ? weigh_by_estimate(unit, task, scale_) : weigh_candidates(unit, task, scale_, has_ranks_);
 }
 
 void Job::merge(Unit& unit, float* out, float* lse) const {

@@ -10,12 +10,6 @@
 namespace retrieval {
 namespace {
 
-// Logarithms of chances, cut to what is possible.
-float possible(float log_chance) {
-  const float least = log_chance > kLogLeastChance ? log_chance : kLogLeastChance;
-  return least < 0.0f ? least : 0.0f;
-}
-
 // Bounds [num][stride] of the keys that were found in chunk c of a scan, of which the first is found.positions[first].
 struct FoundBounds {
   const Unit& unit;
@@ -62,6 +56,13 @@ void find_slacks(const FoundBounds& bounds, float* slacks) {
       slacks[n] = std::max(slacks[n], base + step * static_cast<float>(bounds.of(h, n)));
     }
   }
+}
+
+// Room for so many more.
+template <typename T>
+T* extend(List<T>& list, int count) {
+  list.resize(list.size() + static_cast<std::size_t>(count));
+  return list.data() + list.size() - count;
 }
 
 template <typename T>
@@ -131,7 +132,8 @@ void Refiner::refine(std::int64_t c, const ChunkBounds& in) {
   caught.count = take(c, in, {caught.slots, caught.factors, caught.bounds});
   for (int h = 0; h < unit_.queries.num; ++h) {
     const Lot& lot = takings_[h].lot;
-    caught.lots[h] = takings_[h].draws ? lot : lot.sure_only();
+    caught.odds[h] = {lot.draw.floor, lot.draw.lift, lot.draw.sure, takings_[h].draws ? lot.step : 0.0f,
+                      unit_.drawn_weight[h]};
   }
   turn_ = 1 - turn_;
   list(caught_[turn_]);
@@ -143,51 +145,29 @@ void Refiner::list(Caught& caught) {
   caught.count = -1;
   found_.counts.push_back(count);
   if (count == 0) return;
-  const std::size_t before = found_.positions.size(), after = before + static_cast<std::size_t>(count);
-  found_.positions.resize(after);
-  found_.inverses.resize(after);
-  std::int32_t* positions = found_.positions.data() + before;
-  float* inverses = found_.inverses.data() + before;
+  std::int32_t* positions = extend(found_.positions, count);
+  float *inverses = extend(found_.inverses, count), *weights[kMaxGroup];
   const auto first = static_cast<std::int32_t>(scan_.first_key(caught.chunk));
   for (int n = 0; n < count; ++n) positions[n] = first + caught.slots[n];
   if (unit_.is_long) {
-    const std::size_t at = found_.bounds.size();
-    found_.bounds.resize(at + static_cast<std::size_t>(num * count));
-    for (int h = 0; h < num; ++h) {
-      std::copy_n(caught.bounds + h * kTakenStride, count, found_.bounds.data() + at + static_cast<std::size_t>(h * count));
-    }
+    std::int16_t* bounds = extend(found_.bounds, num * count);
+    for (int h = 0; h < num; ++h) std::copy_n(caught.bounds + h * kTakenStride, count, bounds + h * count);
   }
   if (!unit_.draws_any()) {
     std::fill_n(inverses, count, 1.0f);  // no group stands for others either
     return;
   }
-  // Logarithms of chances at first.
-  std::fill_n(inverses, count, -kInfinity);
-  for (int h = 0; h < num; ++h) {
-    const Lot& lot = caught.lots[h];
-    kernels().raise(caught.bounds + h * kTakenStride, caught.factors, lot.draw, lot.step, count, inverses);
-  }
-  if (!unit_.chooses) {
-    for (int n = 0; n < count; ++n) inverses[n] = possible(inverses[n]);
-  } else {
-    for (int n = 0; n < count; ++n) {
-      // The group may have been drawn, and so whatever is found in it.
-      const float log_times = scan_.log_times_of(caught.chunk, caught.slots[n] / kGroupKeys);
-      inverses[n] = possible(inverses[n] + log_times) - log_times;
-    }
-  }
-  kernels().exponentiate(inverses, count, 1.0f, 0.0f, -kInfinity);
-  int num_drawn = 0;
-  for (int n = 0; n < count; ++n) {
-    inverses[n] = 1.0f / inverses[n];
-    num_drawn += inverses[n] > 1.0f ? 1 : 0;
-  }
-  found_.num_drawn += num_drawn;
+  for (int h = 0; unit_.is_clear && h < num; ++h) weights[h] = extend(found_.weights[h], count);
+  // Groups may have been drawn, and so whatever is found in them.
+  const float* log_times = unit_.chooses ? scan_.log_times + caught.chunk * kChunkGroups : nullptr;
+  kernels().chances({caught.slots, caught.factors, caught.bounds}, num, count, caught.odds, log_times, inverses,
+                    unit_.is_clear ? weights : nullptr);
+  found_.num_drawn += count - std::count(inverses, inverses + count, 1.0f);
 }
 
 void drop(const Unit& unit, const Scan& scan, Found& found) {
   float slacks[kChunkKeys];
-  const float most = unit.draws_any() ? 1.0f : kInfinity;
+  const bool draws = unit.draws_any();
   const std::int16_t* bounds = found.bounds.data();
   std::int16_t* kept_bounds = found.bounds.data();
   std::size_t first = 0, kept = 0;
@@ -198,12 +178,14 @@ void drop(const Unit& unit, const Scan& scan, Found& found) {
     int staying[kChunkKeys], num_staying = 0;
     for (int n = 0; n < count; ++n) {
       staying[num_staying] = n;
-      num_staying += slacks[n] >= 0.0f || found.inverses[first + static_cast<std::size_t>(n)] > most ? 1 : 0;
+      const float inverse = found.inverses[first + static_cast<std::size_t>(n)];
+      num_staying += slacks[n] >= 0.0f || (draws && inverse != 1.0f) ? 1 : 0;
     }
     for (int n = 0; n < num_staying; ++n) {
       const std::size_t from = first + static_cast<std::size_t>(staying[n]), to = kept + static_cast<std::size_t>(n);
       found.positions[to] = found.positions[from];
       found.inverses[to] = found.inverses[from];
+      for (int h = 0; unit.is_clear && h < unit.queries.num; ++h) found.weights[h][to] = found.weights[h][from];
     }
     for (int h = 0; h < unit.queries.num; ++h) {
       for (int n = 0; n < num_staying; ++n) kept_bounds[h * num_staying + n] = bounds[h * count + staying[n]];
@@ -225,11 +207,17 @@ void keep(Unit& unit, std::size_t limit) {
     for (const Found& found : scan.found) here += found.positions.size();
     scan.positions.reserve(here);
     scan.inverses.reserve(here);
+    scan.weights_stride = static_cast<std::int64_t>(here);
+    if (unit.is_clear) scan.weights.resize(static_cast<std::size_t>(unit.queries.num) * here);
     num_found += here;
   }
   if (num_found <= limit) {
     for (Scan& scan : unit.scans) {
       for (const Found& found : scan.found) {
+        for (int h = 0; unit.is_clear && h < unit.queries.num; ++h) {
+          const auto to = scan.weights.begin() + h * scan.weights_stride + static_cast<std::ptrdiff_t>(scan.positions.size());
+          std::copy_n(found.weights[h].begin(), found.positions.size(), to);
+        }
         append(scan.positions, found.positions);
         append(scan.inverses, found.inverses);
       }
@@ -241,7 +229,7 @@ void keep(Unit& unit, std::size_t limit) {
   for_each_chunk(unit, [&](const Found& found, std::size_t first, const FoundBounds& bounds) {
     find_slacks(bounds, &slacks[at]);
     for (int n = 0; n < bounds.count; ++n, ++at) {
-      if (found.inverses[first + static_cast<std::size_t>(n)] > 1.0f) {
+      if (found.inverses[first + static_cast<std::size_t>(n)] != 1.0f) {
         ++num_drawn;
       } else {
         reached.push_back(slacks[at]);
@@ -261,8 +249,12 @@ void keep(Unit& unit, std::size_t limit) {
   for (Scan& scan : unit.scans) {
     for (const Found& found : scan.found) {
       for (std::size_t i = 0; i < found.positions.size(); ++i, ++at) {
-        const bool is_drawn = found.inverses[i] > 1.0f;
+        const bool is_drawn = found.inverses[i] != 1.0f;
         if (is_drawn ? turn++ % every != 0 : slacks[at] < least) continue;
+        for (int h = 0; unit.is_clear && h < unit.queries.num; ++h) {
+          scan.weights[static_cast<std::size_t>(h * scan.weights_stride) + scan.positions.size()] =
+              static_cast<float>(every) * found.weights[h][i];
+        }
         scan.positions.push_back(found.positions[i]);
         scan.inverses.push_back(is_drawn ? found.inverses[i] * static_cast<float>(every) : 1.0f);
       }

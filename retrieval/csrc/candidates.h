@@ -35,7 +35,7 @@ class Refiner {
   struct Caught {
     std::int64_t chunk;
     int count = -1;  // negative: of none
-    Lot lots[kMaxGroup];
+    Odds odds[kMaxGroup];
     std::int16_t slots[kTakenStride], factors[kTakenStride], bounds[kMaxGroup * kTakenStride];
   };
   void list(Caught& caught);

@@ -58,6 +58,14 @@ struct Draw {
   std::int16_t sure = 32767;  // take: a bound that suffices whatever the luck
 };
 
+// How a query took keys, and what a key that it drew weighs to it times its chance. step: of a bound, in nats; 0 where the
+// query does not draw.
+struct Odds {
+  std::int16_t floor = -32768, lift = 0, sure = 32767;  // as in Draw
+  float step = 0.0f, weight = 0.0f;
+};
+inline constexpr float kLogLeastChance = -9.01091335f;  // of 1 / 8192
+
 // Keys that were taken, in order, with the bounds [num][kTakenStride] that all queries have of them.
 inline constexpr int kTakenStride = kScanGroups * kGroupKeys + kGroupKeys;  // the end of it is scratch
 struct Taken {
@@ -116,9 +124,13 @@ struct Kernels {
               const std::int16_t* luck, const Draw* draws, const std::int16_t* floors, std::uint32_t wanted, int begin,
               int end, const Taken& taken);
 
-  // Raises n logarithms of chances to those of one query: 0 where bounds[i] >= draw.sure, and everywhere if step > 0
-  // step * (bounds[i] - factors[i] * lift / 2^15, rounded, - draw.floor + 0.5).
-  void (*raise)(const std::int16_t* bounds, const std::int16_t* factors, const Draw& draw, float step, int n, float* chances);
+  // What n keys that were taken stand for. In logarithms the chance of a key by query h is
+  // step * (bound - factor * lift / 2^15, rounded, - floor + 0.5) if step > 0, and at least 0 where its bound is sure. Its
+  // own chance is the largest of these times how many groups its group stands for (log_times [32], or null: itself alone),
+  // 1 at most, of that its group was scanned. inverses: one over it. If weights is not null they are 0 of keys that all
+  // queries leave to chance, and weights[h][i] = odds.weight * chance by query h / chance.
+  void (*chances)(const Taken& taken, int num, int n, const Odds* odds, const float* log_times, float* inverses,
+                  float* const* weights);
 
   // Bit i of masks[g]: values[64 g + i] >= floor.
   void (*select)(const std::int16_t* values, int num_groups, std::int16_t floor, std::uint64_t* masks);

@@ -12,7 +12,6 @@
 namespace retrieval {
 
 inline constexpr std::int64_t kNumLucks = 8192;
-inline constexpr float kLogLeastChance = -9.01091335f;  // of 1 / kNumLucks
 
 // Luck of kChunkKeys keys in order, of which the first has number `start`.
 const std::int16_t* lucks_of_keys(std::int64_t start);
@@ -35,8 +34,6 @@ struct Lot {
   float log_chance(std::int16_t bound, std::int16_t factor) const {
     return step * (static_cast<float>(bound - times(factor, draw.lift) - draw.floor) + 0.5f);
   }
-  // Of a head that does not draw.
-  Lot sure_only() const { return {draw, 0.0f}; }
   // Whether it could be drawn by that bound, at any factor, with that luck.
   bool may_draw(std::int16_t bound, std::int16_t luck) const {
     const std::int32_t lucky = times(luck, draw.spread) << draw.doublings;

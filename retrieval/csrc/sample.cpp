@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -137,6 +138,18 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   unit.reference[h] = unit.best[h];
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
   unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
+}
+
+bool weighs_drawn(Unit& unit, float scale) {
+  static const float limit = getenv("EST") ? atof(getenv("EST")) : 0.5f;
+  float largest = 0.0f;
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if (unit.draws[h] == 0.0f) continue;
+    const float deviation = scale * unit.spread[h], variance = deviation * deviation;
+    largest = std::max(largest, variance);
+    unit.drawn_weight[h] = std::exp(-0.5f * variance) / unit.draws[h];
+  }
+  return largest > 0.0f && largest <= limit;
 }
 
 }  // namespace retrieval

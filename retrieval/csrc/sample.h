@@ -11,4 +11,7 @@ namespace retrieval {
 // those of the search have bounds above `rest`.
 void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale);
 
+// Whether the estimates of all heads that draw are good enough to weigh what is drawn by them; sets drawn_weight.
+bool weighs_drawn(Unit& unit, float scale);
+
 }  // namespace retrieval

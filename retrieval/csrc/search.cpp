@@ -8,6 +8,7 @@
 #include "floor.h"
 #include "job.h"
 #include "luck.h"
+#include "sample.h"
 #include "weigh.h"
 
 namespace retrieval {
@@ -27,6 +28,13 @@ void begin(const Unit& unit, const Task& task, Found& found) {
   found.inverses.reserve(kUsualCandidates);
   found.bounds.reserve(4 * kUsualCandidates);
   found.counts.reserve(static_cast<std::size_t>(task.end - task.begin));
+}
+
+// Of scan tasks those that a thread has scanned last come first when it lists, for their bounds are still in its cache.
+// The chain's own thread began with the first ones, others, who did num_helped, with the last ones.
+std::size_t last_first(std::size_t i, std::size_t num_tasks, std::int64_t num_helped) {
+  const std::size_t num_own = num_tasks - static_cast<std::size_t>(num_helped);
+  return i < num_own ? num_own - 1 - i : num_own + num_tasks - 1 - i;
 }
 
 }  // namespace
@@ -51,7 +59,10 @@ Chains::Stage Job::advance(std::size_t at, int stage, std::int64_t num_helped, i
       for (int h = 0; h < unit.queries.num; ++h) settle_best(unit, h, budget_, scale_);
       return {0};
     case kList:
-      if (!unit.is_long) set_start(unit);
+      if (!unit.is_long) {
+        set_start(unit);
+        unit.is_clear = !has_ranks_ && weighs_drawn(unit, scale_);
+      }
       // Who scanned lists: to fetch another thread's bounds takes longer than to look through them.
       return {!unit.is_long || unit.is_raised ? num_scans : 0, desk.num_helped};
     case kScore:
@@ -81,7 +92,7 @@ void Job::work(Desk& desk, int stage, std::size_t i, int k) {
     case kFloors:
       return find_floor(unit, static_cast<int>(i), k, budget_, scale_, !will_list_);
     case kList:
-      return list_chunks(unit, unit.scan_tasks[i]);
+      return list_chunks(unit, unit.scan_tasks[last_first(i, unit.scan_tasks.size(), desk.num_helped)]);
     case kScore:
       return score(unit, unit.score_tasks[i]);
     default:
@@ -105,6 +116,7 @@ void Job::look_first(Unit& unit) {
   }
   for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
   set_start(unit);
+  unit.is_clear = weighs_drawn(unit, scale_);
   choose_whether(unit, budget_, scale_);
 }
 
@@ -196,8 +208,9 @@ void Job::share_out(Desk& desk) const {
     Scan& scan = unit.scans[s];
     const auto count = static_cast<std::int64_t>(scan.positions.size());
     if (has_ranks_) scan.scores = desk.arena.take<float>(static_cast<std::size_t>(unit.queries.num * count));
-    unit.stats.num_scored += unit.queries.num * count;
-    unit.stats.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
+    const std::int64_t num_scored = count - std::count(scan.inverses.begin(), scan.inverses.end(), 0.0f);
+    unit.stats.num_scored += unit.queries.num * num_scored;
+    unit.stats.bytes_read += num_scored * scan.part->head_dim * element_bytes(scan.part->dtype);
     for (std::int64_t first = 0; first < count; first += kTileKeys) {
       unit.score_tasks.push_back({s, add_partial(desk), first, std::min<std::int64_t>(first + kTileKeys, count)});
     }

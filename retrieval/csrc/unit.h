@@ -42,7 +42,9 @@ inline constexpr std::size_t kUsualCandidates = 512;  // of a chunk task
 // What a chunk task has found, in order.
 struct Found {
   List<std::int32_t> positions;
-  List<float> inverses;              // one over the chance that a key was drawn; 1 if it was not left to chance
+  List<float> inverses;              // one over the chance that a key was drawn; 1 if it was not left to chance; 0 if it
+                                     // was drawn and is weighed by estimate
+  List<float> weights[kMaxGroup];    // of a unit that is clear: by estimate, over the chance, relative to `reference`
   List<std::int16_t> bounds;         // [num][counts[i]] of each chunk i, of a long search: the scan keeps them else
   std::vector<int> counts;           // of each chunk that was scanned
   float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
@@ -57,6 +59,7 @@ struct Found {
     inverses.clear();
     bounds.clear();
     counts.clear();
+    for (List<float>& each : weights) each.clear();
     num_drawn = 0;
   }
 };
@@ -88,6 +91,8 @@ struct Scan {
   std::vector<Found> found;                   // by chunk task
   List<std::int32_t> positions;               // all found, ascending
   List<float> inverses;                       // Found::inverses of each
+  List<float> weights;                        // [num][weights_stride] Found::weights of each
+  std::int64_t weights_stride = 0;
   float* scores = nullptr;                    // [num][positions.size()]
 
   // A scan that goes on using the lists of one that is over.
@@ -96,6 +101,7 @@ struct Scan {
     if (last.positions.capacity() <= 8 * kUsualCandidates) {
       scan.positions = std::move(last.positions);
       scan.inverses = std::move(last.inverses);
+      scan.weights = std::move(last.weights);
       scan.positions.clear();
       scan.inverses.clear();
     }
@@ -161,6 +167,8 @@ struct Unit {
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
   float total[kMaxGroup] = {};  // of all weights relative to a key of score `reference`, about; of heads that draw
   float reference[kMaxGroup] = {};
+  float drawn_weight[kMaxGroup] = {};  // of heads that draw: what a drawn key weighs, times its chance, relative to that
+  bool is_clear = false;        // drawn keys are weighed by estimate
   std::int64_t num_probed[kMaxGroup] = {};
   bool is_long = false;         // a first look at some groups tells what to look for in all (choose.h)
   bool chooses = false;         // and which groups need no scan

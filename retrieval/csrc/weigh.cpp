@@ -38,6 +38,26 @@ std::pair<std::int64_t, int> move_together(const std::int32_t* candidates, const
   return {num_reached, count};
 }
 
+// Keys that weigh anything to any head, one after the other, with their weights [num][stride]. Returns how many weights
+// there are, and how many keys.
+std::pair<std::int64_t, int> keep_weighty(const std::int32_t* positions, int num_positions, int num, std::int64_t stride,
+                                          float* weights, std::int32_t* kept) {
+  int num_weights[kTileKeys] = {}, from[kTileKeys + 1], num_kept = 0, count = 0;
+  for (int h = 0; h < num; ++h) {
+    for (int i = 0; i < num_positions; ++i) num_weights[i] += weights[h * stride + i] > 0.0f ? 1 : 0;
+  }
+  for (int i = 0; i < num_positions; ++i) {
+    from[count] = i;
+    count += num_weights[i] > 0 ? 1 : 0;
+    num_kept += num_weights[i];
+  }
+  for (int h = 0; h < num; ++h) {
+    for (int n = 0; n < count; ++n) weights[h * stride + n] = weights[h * stride + from[n]];
+  }
+  for (int n = 0; n < count; ++n) kept[n] = positions[from[n]];
+  return {num_kept, count};
+}
+
 }  // namespace
 
 void attend_exactly(Unit& unit, const Task& task, float scale) {
@@ -103,6 +123,44 @@ std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& t
     kernels().below(weights + h * kTileKeys, count, kInfinity, &partial.sum[h]);
   }
   kernels().accumulate(weights, kTileKeys, unit.queries.num, values, candidates, 0, count, partial.acc);
+  return {num_retrieved, count};
+}
+
+std::pair<std::int64_t, std::int64_t> weigh_by_estimate(Unit& unit, const Task& task, float scale) {
+  Scan& scan = unit.scans[task.run];
+  Partial& partial = unit.partials[task.slot];
+  const Kernels& kernel = kernels();
+  const std::int32_t* positions = scan.positions.data() + task.begin;
+  const float* inverses = scan.inverses.data() + task.begin;
+  const int num = unit.queries.num, stride = static_cast<int>(scan.weights_stride);
+  int count = static_cast<int>(task.end - task.begin), num_scored = 0;
+  float scores[kMaxGroup * kTileKeys];
+  std::int32_t scored[kTileKeys + 1], which[kTileKeys + 1], kept[kTileKeys];
+  for (int i = 0; i < count; ++i) {
+    which[num_scored] = i;
+    scored[num_scored] = positions[i];
+    num_scored += inverses[i] > 0.0f ? 1 : 0;
+  }
+  kernel.score(unit.queries, scan.part->key_rows(unit.kv_head), scored, 0, num_scored, scores, kTileKeys);
+  float* weights = scan.weights.data() + task.begin;
+  bool has_floors = false;
+  for (int h = 0; h < num; ++h) {
+    const bool draws = unit.draws[h] > 0.0f;
+    float *row = weights + std::int64_t{h} * stride, *known = scores + h * kTileKeys, &top = partial.top[h];
+    top = num_scored > 0 ? std::max(unit.best[h], kernel.maximum(known, num_scored)) : unit.best[h];
+    const float factor = draws ? std::exp(scale * (unit.reference[h] - top)) : 0.0f;
+    for (int i = 0; factor != 1.0f && i < count; ++i) row[i] *= factor;
+    kernel.exponentiate(known, num_scored, scale, top, draws ? std::numeric_limits<float>::lowest() : unit.floor[h]);
+    for (int n = 0; n < num_scored; ++n) row[which[n]] = known[n] * inverses[which[n]];
+    kernel.below(row, count, kInfinity, &partial.sum[h]);
+    has_floors |= !draws;
+  }
+  std::int64_t num_retrieved = std::int64_t{num} * count;
+  if (has_floors) {
+    std::tie(num_retrieved, count) = keep_weighty(positions, count, num, stride, weights, kept);
+    positions = kept;
+  }
+  kernel.accumulate(weights, stride, num, scan.part->value_rows(unit.kv_head), positions, 0, count, partial.acc);
   return {num_retrieved, count};
 }
 

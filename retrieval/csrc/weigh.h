@@ -15,4 +15,7 @@ void attend_exactly(Unit& unit, const Task& task, float scale);
 // many heads entered the output, and of how many keys the values were read.
 std::pair<std::int64_t, std::int64_t> weigh_candidates(Unit& unit, const Task& task, float scale, bool has_ranks);
 
+// The same for a unit that is clear: only keys that were not drawn are scored.
+std::pair<std::int64_t, std::int64_t> weigh_by_estimate(Unit& unit, const Task& task, float scale);
+
 }  // namespace retrieval
