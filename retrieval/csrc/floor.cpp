@@ -144,8 +144,16 @@ void read_block(const Unit& unit, int h, std::size_t s, std::int64_t block, floa
   const std::int16_t* bounds = scan.bounds + h * scan.stride() + block * kBlockKeys;
   const float factor = scan.bound_unit(c, h);
   const auto first_group = static_cast<int>(block % kBlocksPerChunk * kBlockGroups);
-  std::uint64_t masks[kBlockGroups];  // of groups that were not scanned they tell nothing
-  kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
+  constexpr std::uint32_t kWhole = (1u << kBlockGroups) - 1;
+  const std::uint32_t scanned = scan.chosen[c] >> first_group & kWhole;
+  std::uint64_t masks[kBlockGroups] = {};
+  if (scanned == kWhole) {
+    kernels().select(bounds, kBlockGroups, static_cast<std::int16_t>(threshold), masks);
+  } else {
+    for_each_bit(scanned, [&](int g) {
+      kernels().select(bounds + g * kGroupKeys, 1, static_cast<std::int16_t>(threshold), &masks[g]);
+    });
+  }
   std::size_t count = probes.bounds.size();
   probes.resize(count + kBlockKeys);
   for (int g = 0; g < kBlockGroups; ++g) {
