@@ -155,8 +155,10 @@ void Job::weigh(Unit& unit, std::size_t i) {
 void Job::merge(Unit& unit, float* out, float* lse) const {
   for (std::size_t i = 0; i < unit.weighed.size(); ++i) {
     const Part& part = *unit.scans[unit.score_tasks[i].run].part;
-    unit.stats.num_retrieved += unit.weighed[i].first;
-    unit.stats.bytes_read += unit.weighed[i].second * part.head_dim * element_bytes(part.dtype);
+    const Weighed& weighed = unit.weighed[i];
+    unit.stats.num_scored += unit.queries.num * weighed.num_scored;
+    unit.stats.num_retrieved += weighed.num_retrieved;
+    unit.stats.bytes_read += (weighed.num_scored + weighed.num_read) * part.head_dim * element_bytes(part.dtype);
   }
   const int head_dim = queries_.head_dim;
   for (int h = 0; h < unit.queries.num; ++h) {

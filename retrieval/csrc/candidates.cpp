@@ -65,13 +65,6 @@ T* extend(List<T>& list, int count) {
   return list.data() + list.size() - count;
 }
 
-template <typename T>
-void append(List<T>& to, const List<T>& from) {
-  const std::size_t before = to.size();
-  to.resize(before + from.size());
-  std::copy(from.begin(), from.end(), to.data() + before);
-}
-
 }  // namespace
 
 // Made anew where chunks differ in their unit, or the task has come across a better key.
@@ -202,28 +195,10 @@ void drop(const Unit& unit, const Scan& scan, Found& found) {
 
 void keep(Unit& unit, std::size_t limit) {
   std::size_t num_found = 0;
-  for (Scan& scan : unit.scans) {
-    std::size_t here = 0;
-    for (const Found& found : scan.found) here += found.positions.size();
-    scan.positions.reserve(here);
-    scan.inverses.reserve(here);
-    scan.weights_stride = static_cast<std::int64_t>(here);
-    if (unit.is_clear) scan.weights.resize(static_cast<std::size_t>(unit.queries.num) * here);
-    num_found += here;
+  for (const Scan& scan : unit.scans) {
+    for (const Found& found : scan.found) num_found += found.positions.size();
   }
-  if (num_found <= limit) {
-    for (Scan& scan : unit.scans) {
-      for (const Found& found : scan.found) {
-        for (int h = 0; unit.is_clear && h < unit.queries.num; ++h) {
-          const auto to = scan.weights.begin() + h * scan.weights_stride + static_cast<std::ptrdiff_t>(scan.positions.size());
-          std::copy_n(found.weights[h].begin(), found.positions.size(), to);
-        }
-        append(scan.positions, found.positions);
-        append(scan.inverses, found.inverses);
-      }
-    }
-    return;
-  }
+  if (num_found <= limit) return;
   std::vector<float> slacks(num_found), reached;
   std::size_t at = 0, num_drawn = 0;
   for_each_chunk(unit, [&](const Found& found, std::size_t first, const FoundBounds& bounds) {
@@ -247,17 +222,22 @@ void keep(Unit& unit, std::size_t limit) {
   std::size_t turn = every / 2;
   at = 0;
   for (Scan& scan : unit.scans) {
-    for (const Found& found : scan.found) {
-      for (std::size_t i = 0; i < found.positions.size(); ++i, ++at) {
+    for (Found& found : scan.found) {
+      const std::size_t here = found.positions.size();
+      std::size_t kept = 0;
+      for (std::size_t i = 0; i < here; ++i, ++at) {
         const bool is_drawn = found.inverses[i] != 1.0f;
         if (is_drawn ? turn++ % every != 0 : slacks[at] < least) continue;
+        const float times = is_drawn ? static_cast<float>(every) : 1.0f;
+        found.positions[kept] = found.positions[i];
+        found.inverses[kept] = times * found.inverses[i];
         for (int h = 0; unit.is_clear && h < unit.queries.num; ++h) {
-          scan.weights[static_cast<std::size_t>(h * scan.weights_stride) + scan.positions.size()] =
-              static_cast<float>(every) * found.weights[h][i];
+          found.weights[h][kept] = times * found.weights[h][i];
         }
-        scan.positions.push_back(found.positions[i]);
-        scan.inverses.push_back(is_drawn ? found.inverses[i] * static_cast<float>(every) : 1.0f);
+        ++kept;
       }
+      found.positions.resize(kept);
+      found.inverses.resize(kept);
     }
   }
 }

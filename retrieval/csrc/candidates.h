@@ -56,9 +56,8 @@ class Refiner {
 // draws any more.
 void drop(const Unit& unit, const Scan& scan, Found& found);
 
-// Joins the lists of a unit's tasks into positions and inverses of its scans, at most limit keys in all. Of those that
-// reach what is listed the ones that reach it by least go; of those drawn, every second or third and so on stays and
-// stands for the others.
+// Cuts the lists of a unit's tasks to about limit keys in all. Of those that reach what is listed the ones that reach it
+// by least go; of those drawn, every second or third and so on stays and stands for the others.
 void keep(Unit& unit, std::size_t limit);
 
 }  // namespace retrieval

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -141,7 +140,6 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
 }
 
 bool weighs_drawn(Unit& unit, float scale) {
-  static const float limit = getenv("EST") ? atof(getenv("EST")) : 0.5f;
   float largest = 0.0f;
   for (int h = 0; h < unit.queries.num; ++h) {
     if (unit.draws[h] == 0.0f) continue;
@@ -149,7 +147,7 @@ bool weighs_drawn(Unit& unit, float scale) {
     largest = std::max(largest, variance);
     unit.drawn_weight[h] = std::exp(-0.5f * variance) / unit.draws[h];
   }
-  return largest > 0.0f && largest <= limit;
+  return largest > 0.0f && largest <= kClearVariance;
 }
 
 }  // namespace retrieval

@@ -193,10 +193,18 @@ void Job::search_chunks(Unit& unit, const Task& task) {
   refiner.finish();
 }
 
-// What was found is cut to the budget.
+// What was found is cut to the budget; and joined, where all scores are needed at once.
 void Job::gather(Unit& unit) {
   keep(unit, static_cast<std::size_t>(std::max({budget_.max_keys, budget_.k, 1})));
   for (Scan& scan : unit.scans) {
+    scan.firsts.assign(1, 0);
+    for (const Found& found : scan.found) {
+      scan.firsts.push_back(scan.firsts.back() + static_cast<std::int64_t>(found.positions.size()));
+      if (has_ranks_) {
+        scan.positions.insert(scan.positions.end(), found.positions.begin(), found.positions.end());
+        scan.inverses.insert(scan.inverses.end(), found.inverses.begin(), found.inverses.end());
+      }
+    }
     for (std::int64_t i = scan.end; i < scan.listed_end; ++i) scan.positions.push_back(static_cast<std::int32_t>(i));
     scan.inverses.resize(scan.positions.size(), 1.0f);
   }
@@ -206,11 +214,12 @@ void Job::share_out(Desk& desk) const {
   Unit& unit = desk.unit;
   for (std::size_t s = 0; s < unit.scans.size(); ++s) {
     Scan& scan = unit.scans[s];
-    const auto count = static_cast<std::int64_t>(scan.positions.size());
-    if (has_ranks_) scan.scores = desk.arena.take<float>(static_cast<std::size_t>(unit.queries.num * count));
-    const std::int64_t num_scored = count - std::count(scan.inverses.begin(), scan.inverses.end(), 0.0f);
-    unit.stats.num_scored += unit.queries.num * num_scored;
-    unit.stats.bytes_read += num_scored * scan.part->head_dim * element_bytes(scan.part->dtype);
+    const auto count = has_ranks_ ? static_cast<std::int64_t>(scan.positions.size()) : scan.firsts.back();
+    if (has_ranks_) {
+      scan.scores = desk.arena.take<float>(static_cast<std::size_t>(unit.queries.num * count));
+      unit.stats.num_scored += unit.queries.num * count;
+      unit.stats.bytes_read += count * scan.part->head_dim * element_bytes(scan.part->dtype);
+    }
     for (std::int64_t first = 0; first < count; first += kTileKeys) {
       unit.score_tasks.push_back({s, add_partial(desk), first, std::min<std::int64_t>(first + kTileKeys, count)});
     }

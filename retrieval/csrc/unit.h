@@ -89,10 +89,10 @@ struct Scan {
   float* peaks = nullptr;          // [num][num_chunks] the same as scores
   float* log_times = nullptr;      // [num_chunks * kChunkGroups] logarithm of how many like it a scanned group stands for
   std::vector<Found> found;                   // by chunk task
+  std::vector<std::int64_t> firsts;           // keys found by the tasks before each, and by all
+  // Where all scores are needed at once:
   List<std::int32_t> positions;               // all found, ascending
   List<float> inverses;                       // Found::inverses of each
-  List<float> weights;                        // [num][weights_stride] Found::weights of each
-  std::int64_t weights_stride = 0;
   float* scores = nullptr;                    // [num][positions.size()]
 
   // A scan that goes on using the lists of one that is over.
@@ -101,11 +101,11 @@ struct Scan {
     if (last.positions.capacity() <= 8 * kUsualCandidates) {
       scan.positions = std::move(last.positions);
       scan.inverses = std::move(last.inverses);
-      scan.weights = std::move(last.weights);
       scan.positions.clear();
       scan.inverses.clear();
     }
     scan.found = std::move(last.found);
+    scan.firsts = std::move(last.firsts);
     return scan;
   }
   std::int64_t stride() const { return num_chunks * kChunkKeys; }
@@ -148,6 +148,13 @@ struct Task {
   std::int64_t begin, end;
 };
 
+// What has come of a task's candidates.
+struct Weighed {
+  std::int64_t num_scored = 0;     // keys that were read and scored
+  std::int64_t num_read = 0;       // keys whose values were read
+  std::int64_t num_retrieved = 0;  // weights that entered the output, of all heads
+};
+
 // Query heads of one KV head and sequence, at most kMaxGroup.
 struct Unit {
   int kv_head = 0;
@@ -157,7 +164,7 @@ struct Unit {
   std::vector<Scan> scans, spare_scans;
   std::vector<Partial> partials;  // exact blocks first, then blocks of candidates
   std::vector<Task> exact_tasks, scan_tasks, score_tasks;
-  std::vector<std::pair<std::int64_t, std::int64_t>> weighed;  // by score task: scores that entered the output, and keys
+  std::vector<Weighed> weighed;   // by score task
   AttendStats stats;
   float best[kMaxGroup];   // best exact score known
   float floor[kMaxGroup];  // scores below do not matter
