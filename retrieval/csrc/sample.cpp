@@ -14,7 +14,8 @@ constexpr float kLargestSpacing = 0.001f;  // of the whole weight, that a drawn 
 constexpr float kLeastGain = 4.0f;         // spacing over the weight of what is listed
 constexpr float kClearVariance = 0.25f;    // nats squared of estimates; weights by them are as good as exact ones
 constexpr float kLargestVariance = 4.0f;   // nats squared
-constexpr float kHeavy = 0.02f;            // share of all weight
+constexpr float kHeavy = 0.02f;            // share of all weight, from which on no key should be left to chance
+constexpr float kDoubt = 2.5f;             // deviations that its estimate may be too low; then its chance is still good
 
 // Weights of one head, relative to its best key.
 struct Sample {
@@ -136,7 +137,8 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
   unit.total[h] = total;
   unit.reference[h] = unit.best[h];
   unit.floor[h] = unit.best[h] + std::log(spacing) / scale;
-  unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale;
+  unit.heavy[h] = unit.best[h] + std::log(kHeavy * unit.total[h]) / scale +
+                  std::max(0.0f, budget.deviations - kDoubt) * unit.spread[h];
 }
 
 bool weighs_drawn(Unit& unit, float scale) {
