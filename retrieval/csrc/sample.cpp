@@ -152,4 +152,11 @@ bool weighs_drawn(Unit& unit, float scale) {
   return largest > 0.0f && largest <= kClearVariance;
 }
 
+bool are_clear(const Unit& unit, float scale) {
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if (estimate_variance(unit, h, scale) > kClearVariance) return false;
+  }
+  return true;
+}
+
 }  // namespace retrieval

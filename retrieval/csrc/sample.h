@@ -14,4 +14,7 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
 // Whether the estimates of all heads that draw are good enough to weigh what is drawn by them; sets drawn_weight.
 bool weighs_drawn(Unit& unit, float scale);
 
+// Whether estimates of all heads are as good as that.
+bool are_clear(const Unit& unit, float scale);
+
 }  // namespace retrieval

@@ -109,7 +109,7 @@ void Job::run(ThreadPool& pool, int k, float* out, float* lse) {
 
 // A long search looks at some groups of keys, and then for what can matter by what they have shown.
 void Job::look_first(Unit& unit) {
-  if (!means_tell(unit, budget_, scale_)) return scan_all(unit);
+  if (!means_tell(unit, budget_, scale_) && !are_clear(unit, scale_)) return scan_all(unit);
   choose_first(unit);
   for (const Scan& scan : unit.scans) {
     for (std::int64_t c = 0; c < scan.num_chunks; ++c) scan_chunk(unit, scan, c, scan.bounds_of(c));
