@@ -4,9 +4,10 @@
 // A part with codes is searched: the codes are scanned once for all query heads of a KV head, keys whose
 // bound could matter are rescored exactly, and those that do matter enter the output. A head that looks so
 // widely that too much would be left out takes a sample instead: keys drawn in proportion to their estimated
-// weights, each with its exact weight over its chance (MagicPIG, arXiv 2410.16179, draws too, by hash
-// collisions; here the chances follow the codes, luck.h). Of a long context, runs of keys are left out by their means
-// before any key is looked at (choose.h). Everything is merged in float32.
+// weights, each with its weight over its chance (MagicPIG, arXiv 2410.16179, draws too, by hash collisions; here the
+// chances follow the codes, luck.h). Where estimates are clear, that weight is by estimate too, and only the value is
+// read (sample.h). Of a long context, runs of keys are left out by their means before any key is looked at (choose.h).
+// Everything is merged in float32.
 // The result depends neither on the number of threads nor on their timing.
 #pragma once
 

@@ -172,7 +172,7 @@ void drop(const Unit& unit, const Scan& scan, Found& found) {
     for (int n = 0; n < count; ++n) {
       staying[num_staying] = n;
       const float inverse = found.inverses[first + static_cast<std::size_t>(n)];
-      num_staying += slacks[n] >= 0.0f || (draws && inverse != 1.0f) ? 1 : 0;
+      num_staying += (draws && inverse != 1.0f) || (slacks[n] >= 0.0f && inverse != 0.0f) ? 1 : 0;
     }
     for (int n = 0; n < num_staying; ++n) {
       const std::size_t from = first + static_cast<std::size_t>(staying[n]), to = kept + static_cast<std::size_t>(n);

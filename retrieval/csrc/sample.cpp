@@ -12,7 +12,7 @@ constexpr float kDrawnError = 0.0055f;     // of the whole weight, that the draw
                                           // of up to 2^17 keys
 constexpr float kLargestSpacing = 0.001f;  // of the whole weight, that a drawn key may stand for where that is cheap
 constexpr float kLeastGain = 4.0f;         // spacing over the weight of what is listed
-constexpr float kClearVariance = 0.25f;    // nats squared of estimates; weights by them are as good as exact ones
+constexpr float kClearVariance = 0.25f;    // nats squared of estimates; many weights by them are as good as exact ones
 constexpr float kLargestVariance = 4.0f;   // nats squared
 constexpr float kHeavy = 0.02f;            // share of all weight, from which on no key should be left to chance
 constexpr float kDoubt = 2.5f;             // deviations that its estimate may be too low; then its chance is still good
@@ -141,22 +141,23 @@ void look_around(Unit& unit, int h, float known, float rest, const Budget& budge
                   std::max(0.0f, budget.deviations - kDoubt) * unit.spread[h];
 }
 
-bool weighs_drawn(Unit& unit, float scale) {
-  float largest = 0.0f;
-  for (int h = 0; h < unit.queries.num; ++h) {
-    if (unit.draws[h] == 0.0f) continue;
-    const float deviation = scale * unit.spread[h], variance = deviation * deviation;
-    largest = std::max(largest, variance);
-    unit.drawn_weight[h] = std::exp(-0.5f * variance) / unit.draws[h];
-  }
-  return largest > 0.0f && largest <= kClearVariance;
-}
-
 bool are_clear(const Unit& unit, float scale) {
   for (int h = 0; h < unit.queries.num; ++h) {
     if (estimate_variance(unit, h, scale) > kClearVariance) return false;
   }
   return true;
+}
+
+// Errors of estimates make weights e^(variance / 2) too large on average. Those of single keys spread the sum by no more
+// than the draw does, and leave it at once: an exact weight over a chance by estimate spreads it e^variance times as much.
+void settle_weights(Unit& unit, float scale) {
+  unit.is_clear = unit.draws_any();
+  for (int h = 0; h < unit.queries.num; ++h) {
+    if (unit.draws[h] == 0.0f) continue;
+    const float variance = scale * unit.spread[h] * (scale * unit.spread[h]);
+    unit.is_clear &= variance <= kClearVariance;
+    unit.drawn_weight[h] = std::exp(-0.5f * variance) / unit.draws[h];
+  }
 }
 
 }  // namespace retrieval

@@ -11,10 +11,10 @@ namespace retrieval {
 // those of the search have bounds above `rest`.
 void look_around(Unit& unit, int h, float known, float rest, const Budget& budget, float scale);
 
-// Whether the estimates of all heads that draw are good enough to weigh what is drawn by them; sets drawn_weight.
-bool weighs_drawn(Unit& unit, float scale);
-
-// Whether estimates of all heads are as good as that.
+// Whether estimates of all heads are as good as exact scores where many keys are weighed; known before a scan.
 bool are_clear(const Unit& unit, float scale);
+
+// Whether those of all heads that draw are: then what they draw is weighed by estimate. Sets is_clear and drawn_weight.
+void settle_weights(Unit& unit, float scale);
 
 }  // namespace retrieval

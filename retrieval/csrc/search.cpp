@@ -61,7 +61,7 @@ Chains::Stage Job::advance(std::size_t at, int stage, std::int64_t num_helped, i
     case kList:
       if (!unit.is_long) {
         set_start(unit);
-        unit.is_clear = !has_ranks_ && weighs_drawn(unit, scale_);
+        if (!has_ranks_) settle_weights(unit, scale_);
       }
       // Who scanned lists: to fetch another thread's bounds takes longer than to look through them.
       return {!unit.is_long || unit.is_raised ? num_scans : 0, desk.num_helped};
@@ -107,7 +107,8 @@ void Job::run(ThreadPool& pool, int k, float* out, float* lse) {
   is_small() ? chains.run_alone() : chains.run(pool);
 }
 
-// A long search looks at some groups of keys, and then for what can matter by what they have shown.
+// A long search looks at some groups of keys, and then for what can matter by what they have shown: where means tell, in
+// some groups only; where estimates are clear in all, but at once, while their bounds are in the cache.
 void Job::look_first(Unit& unit) {
   if (!means_tell(unit, budget_, scale_) && !are_clear(unit, scale_)) return scan_all(unit);
   choose_first(unit);
@@ -116,7 +117,7 @@ void Job::look_first(Unit& unit) {
   }
   for (int h = 0; h < unit.queries.num; ++h) find_floor(unit, h, 0, budget_, scale_, true);
   set_start(unit);
-  unit.is_clear = weighs_drawn(unit, scale_);
+  settle_weights(unit, scale_);
   choose_whether(unit, budget_, scale_);
 }
 

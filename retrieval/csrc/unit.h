@@ -44,7 +44,8 @@ struct Found {
   List<std::int32_t> positions;
   List<float> inverses;              // one over the chance that a key was drawn; 1 if it was not left to chance; 0 if it
                                      // was drawn and is weighed by estimate
-  List<float> weights[kMaxGroup];    // of a unit that is clear: by estimate, over the chance, relative to `reference`
+  List<float> weights[kMaxGroup];    // of a unit that is clear: by estimate, over the chance, relative to `reference`;
+                                     // 0 where the head does not draw
   List<std::int16_t> bounds;         // [num][counts[i]] of each chunk i, of a long search: the scan keeps them else
   std::vector<int> counts;           // of each chunk that was scanned
   float best[kMaxGroup], listed[kMaxGroup];  // as the unit's, by what the task has come across
@@ -174,8 +175,8 @@ struct Unit {
   float draws[kMaxGroup] = {};  // per weight: keys below the floor are drawn with that chance; 0: left out
   float total[kMaxGroup] = {};  // of all weights relative to a key of score `reference`, about; of heads that draw
   float reference[kMaxGroup] = {};
-  float drawn_weight[kMaxGroup] = {};  // of heads that draw: what a drawn key weighs, times its chance, relative to that
-  bool is_clear = false;        // drawn keys are weighed by estimate
+  float drawn_weight[kMaxGroup] = {};  // of heads that draw: of a key over its chance, where it is by estimate
+  bool is_clear = false;        // estimates are good enough for that
   std::int64_t num_probed[kMaxGroup] = {};
   bool is_long = false;         // a first look at some groups tells what to look for in all (choose.h)
   bool chooses = false;         // and which groups need no scan
