@@ -291,17 +291,58 @@ def test_a_head_that_looks_widely_draws_its_keys(level: str, head_dim: int) -> N
     # A sample of 2000 keys is off by 2 %, now and then by four times that.
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=0.08)
     assert 2048 * 8 < stats.num_drawn < 2 * 2048 * 8  # the two heads of a group share some
+    assert stats.num_scored < 0.1 * stats.num_drawn  # weighed by estimate
     assert torch.equal(attend(queries, parts, rest_keys=2048)[0], out)  # drawn alike for the same step
     assert attend(queries, parts, rest=0.0, max_keys=20_000)[2].num_drawn == 0
 
 
-def test_what_is_drawn_is_right_on_average(level: str) -> None:
+@pytest.mark.parametrize("sharpness", [1.0, 2.2])  # at the latter weights by estimate are 10 % too large on average
+def test_what_is_drawn_is_right_on_average(level: str, sharpness: float) -> None:
     queries, keys, values = wide(20_000, 64, 100)
+    queries *= sharpness
     expected = twin(queries, [[ExactPart(keys, values, 0, 20_000)]] * 100)
-    out, lse, _ = attend(queries, [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 100, rest_keys=200)
+    out, lse, stats = attend(queries, [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 100, rest_keys=200)
+    assert stats.num_scored < 0.5 * stats.num_drawn
     for drawn, exact in ((out.flatten(1), expected[0].flatten(1)), (lse, expected[1])):
         bias, spread = (drawn - exact).mean(), (drawn - exact).std() / drawn.numel() ** 0.5
         assert bias.abs() < 5 * spread + 1e-3
+
+
+def test_what_is_drawn_is_scored_where_estimates_are_poor(level: str) -> None:
+    """Errors of half a nat and more: weights by estimate would be off, and cut off at what is taken for certain."""
+    queries, keys, values = wide(20_000, 64, 60)
+    queries = 4 * queries
+    expected = twin(queries, [[ExactPart(keys, values, 0, 20_000)]] * 60)
+    out, lse, stats = attend(queries, [[_core.Part(keys, values, 0, 20_000, code(keys, 1))]] * 60, rest_keys=1000)
+    assert stats.num_scored > stats.num_drawn > 60 * 500
+    bias, spread = (lse - expected[1]).mean(), (lse - expected[1]).std() / lse.numel() ** 0.5
+    assert bias.abs() < 5 * spread + 1e-3
+    assert ((out - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)).mean() < 0.2
+
+
+def test_sharp_head_beside_a_wide_one(level: str) -> None:
+    """Of the two heads of a group one draws, and weighs by estimate; what the other looks for is scored."""
+    queries, keys, values = wide(20_000, 64, 30)
+    queries[:, 1::2] = torch.nn.functional.normalize(keys[:, 7000:7030].transpose(0, 1), dim=-1) * 24
+    expected = twin(queries, [[ExactPart(keys, values, 0, 20_000)]] * 30)
+    out, lse, stats = attend(queries, [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 30, rest_keys=2048)
+    error = (out - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
+    assert error[:, 1::2].max() < 0.01
+    assert error[:, ::2].mean() < 0.06
+    assert stats.num_drawn > 30 * 2 * 1024
+    assert stats.num_scored < 0.5 * stats.num_drawn
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("rest_keys", [1500, 6000])
+def test_draws_beyond_the_budget_stand_for_more(level: str, rest_keys: int) -> None:
+    queries, keys, values = wide(20_000, 64, 100)
+    expected = twin(queries, [[ExactPart(keys, values, 0, 20_000)]] * 100)
+    parts = [[_core.Part(keys, values, 0, 20_000, code(keys))]] * 100
+    _, lse, stats = attend(queries, parts, rest_keys=rest_keys, max_keys=1000)
+    assert stats.num_retrieved <= 1000 * lse.numel()
+    bias, spread = (lse - expected[1]).mean(), (lse - expected[1]).std() / lse.numel() ** 0.5
+    assert bias.abs() < 5 * spread + 2e-3
 
 
 def test_more_draws_come_closer() -> None:

@@ -292,6 +292,21 @@ def test_what_could_only_just_matter_is_not_looked_for_as_surely_as_the_best() -
     assert sum(each.num_scored for each in stats) < 0.01 * sum(each.num_visible for each in stats)
 
 
+def test_key_that_comes_last_leaves_nothing_to_draw(level: str) -> None:
+    """A head looks widely, until far on in the search a key outweighs all that it has drawn."""
+    keys, values = 0.3 * normal(1, 60_000, HEAD_DIM, seed=35), normal(1, 60_000, HEAD_DIM, seed=36)
+    query = normal(HEAD_DIM, seed=37)
+    parts = [_core.Part(keys, values, 0, 60_000, codes_of(keys, 60_000))]
+    _, _, before = attend(query[None, None], parts)
+    keys[0, 59_990] = 40.0 * query / query.norm()  # 40 nats
+    parts = [_core.Part(keys, values, 0, 60_000, codes_of(keys, 60_000))]
+    out, lse, after = attend(query[None, None], parts)
+    assert before[0].num_drawn > 1000 > before[0].num_scored
+    assert errors(out, values[:, 59_990:59_991]).max() < 1e-3
+    assert abs(lse.item() - SCALE * (keys[0, 59_990] @ query).item()) < 1e-3
+    assert after[0].num_retrieved < 100
+
+
 def test_levels_take_the_same_keys(level: str) -> None:
     keys, values = topical(40_000)
     part = _core.Part(keys, values, 0, 40_000, codes_of(keys, 40_000))
