@@ -53,7 +53,7 @@ struct Budget {
   float beta = 10.0f;       // what matters: a logit at most this many nats below the best one
   float deviations = 3.5f;  // a key is ruled out when even that many standard deviations would not lift it
   int min_keys = 1;         // retrieved at least (as far as there are keys)
-  int max_keys = 16384;     // rescored at most, per KV head and sequence
+  int max_keys = 16384;     // rescored or drawn at most, per KV head and sequence
   float rest = 0.003f;      // a head whose unretrieved keys weigh more than this share draws some of them
   int rest_keys = 1792;     // keys such a head takes, about; one that two heads take is fetched once
   int exact_keys = 4096;    // fewer searched keys of a sequence in all are attended exactly, which is faster then

@@ -125,8 +125,7 @@ void Refiner::refine(std::int64_t c, const ChunkBounds& in) {
   caught.count = take(c, in, {caught.slots, caught.factors, caught.bounds});
   for (int h = 0; h < unit_.queries.num; ++h) {
     const Lot& lot = takings_[h].lot;
-    caught.odds[h] = {lot.draw.floor, lot.draw.lift, lot.draw.sure, takings_[h].draws ? lot.step : 0.0f,
-                      unit_.drawn_weight[h]};
+    caught.odds[h] = {lot.draw, takings_[h].draws ? lot.step : 0.0f, unit_.drawn_weight[h]};
   }
   turn_ = 1 - turn_;
   list(caught_[turn_]);

@@ -58,13 +58,12 @@ struct Draw {
   std::int16_t sure = 32767;  // take: a bound that suffices whatever the luck
 };
 
-// How a query took keys, and what a key that it drew weighs to it times its chance. step: of a bound, in nats; 0 where the
-// query does not draw.
+// How a query took keys, and what a key that it drew weighs over its chance. step: of a bound, in nats; 0: it does not draw.
 struct Odds {
-  std::int16_t floor = -32768, lift = 0, sure = 32767;  // as in Draw
+  Draw draw;
   float step = 0.0f, weight = 0.0f;
 };
-inline constexpr float kLogLeastChance = -9.01091335f;  // of 1 / 8192
+inline constexpr float kLogLeastChance = -9.01091335f;  // of 1 / kNumLucks (luck.h)
 
 // Keys that were taken, in order, with the bounds [num][kTakenStride] that all queries have of them.
 inline constexpr int kTakenStride = kScanGroups * kGroupKeys + kGroupKeys;  // the end of it is scratch
@@ -124,11 +123,11 @@ struct Kernels {
               const std::int16_t* luck, const Draw* draws, const std::int16_t* floors, std::uint32_t wanted, int begin,
               int end, const Taken& taken);
 
-  // What n keys that were taken stand for. In logarithms the chance of a key by query h is
-  // step * (bound - factor * lift / 2^15, rounded, - floor + 0.5) if step > 0, and at least 0 where its bound is sure. Its
-  // own chance is the largest of these times how many groups its group stands for (log_times [32], or null: itself alone),
-  // 1 at most, of that its group was scanned. inverses: one over it. If weights is not null they are 0 of keys that all
-  // queries leave to chance, and weights[h][i] = odds.weight * chance by query h / chance.
+  // One over the chances of n keys that were taken. In logarithms, query h gives a key the chance
+  // step * (bound - factor * lift / 2^15, rounded, - floor + 0.5) if step > 0, and at least 0 where its bound is sure; the
+  // largest of these, plus log_times of its group [32] (null: nothing), is its chance, 0 at most and kLogLeastChance at
+  // least, given that its group is scanned, which has the chance -log_times. If weights is not null, inverses are 0 of keys
+  // that all queries leave to chance, and weights[h][i] = odds[h].weight * chance by query h * inverse.
   void (*chances)(const Taken& taken, int num, int n, const Odds* odds, const float* log_times, float* inverses,
                   float* const* weights);
 
