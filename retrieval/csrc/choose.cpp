@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kFirstChunks = 8;             // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kChunksPerProbe = 4; // one of so many tells whether means do
+constexpr std::int64_t kMeansAhead = 2;     // chunks whose means are on their way,
+constexpr std::int64_t kCachedMeans = 128;  // where the means of so many chunks and more are not in the caches
 constexpr float kAlike = 1.2f;              // nats
 constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays
@@ -66,6 +68,7 @@ void score_means(Unit& unit, const Task& task) {
   Scan& scan = unit.scans[task.run];
   for (std::int64_t c = task.begin; c < task.end; ++c) {
     const CodeGroups& means = scan.chunk(c).means;
+    if (scan.num_chunks > kCachedMeans && c + kMeansAhead < task.end) fetch(scan.chunk(c + kMeansAhead).means, 0);
     std::int16_t tops[kMaxGroup * kBlocksPerChunk];
     const CodeReading& reading = scan.query.means;
     kernels().scan(reading.tables, reading.offsets, unit.queries.num, means.shape.num_pieces(), reading.shift,
