@@ -1,7 +1,6 @@
 #include "candidates.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// The keys that a search rescores exactly.
+// The keys that a search rescores exactly, or draws.
 #pragma once
 
 #include <cstddef>

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kFirstChunks = 8;             // chunks whose best groups a search begins with, per head
 constexpr std::int64_t kChunksPerProbe = 4; // one of so many tells whether means do
-constexpr std::int64_t kMeansAhead = 2;     // chunks whose means are on their way,
-constexpr std::int64_t kCachedMeans = 128;  // where the means of so many chunks and more are not in the caches
+constexpr std::int64_t kCachedMeans = 128;  // chunks; the means of more do not stay in the caches, and are sent for
+constexpr std::int64_t kMeansAhead = 2;     // chunks early
 constexpr float kAlike = 1.2f;              // nats
 constexpr float kBestOfRun = 2.07f;         // deviations above the mean: the largest of 32 from a Gaussian
 constexpr std::int64_t kProbedChunks = 8;   // of a part, about; they tell whether choosing pays

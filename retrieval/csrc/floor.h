@@ -1,7 +1,6 @@
 // The floor of a search: the score below which a key does not matter to a head.
 #pragma once
 
-
 #include "attend.h"
 #include "unit.h"
 

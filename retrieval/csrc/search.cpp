@@ -107,8 +107,8 @@ void Job::run(ThreadPool& pool, int k, float* out, float* lse) {
   is_small() ? chains.run_alone() : chains.run(pool);
 }
 
-// A long search looks at some groups of keys, and then for what can matter by what they have shown: where means tell, in
-// some groups only; where estimates are clear in all, but at once, while their bounds are in the cache.
+// A long search looks at some groups of keys, and then for what can matter by what they have shown. Where means tell, that
+// is in some groups only; where only estimates are clear, in all, listed while their bounds are in the cache.
 void Job::look_first(Unit& unit) {
   if (!means_tell(unit, budget_, scale_) && !are_clear(unit, scale_)) return scan_all(unit);
   choose_first(unit);

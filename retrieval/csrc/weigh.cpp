@@ -15,10 +15,15 @@ struct Tile {
   float weights[kMaxGroup * kTileKeys];  // [num][kTileKeys]
 };
 
-void read_joined(const Scan& scan, const Task& task, Tile& tile) {
+// Their scores, which are known, for weights.
+void read_joined(const Scan& scan, const Task& task, int num, Tile& tile) {
   tile.count = static_cast<int>(task.end - task.begin);
   std::copy_n(scan.positions.data() + task.begin, tile.count, tile.positions);
   std::copy_n(scan.inverses.data() + task.begin, tile.count, tile.inverses);
+  for (int h = 0; h < num; ++h) {
+    const float* known = scan.scores + static_cast<std::size_t>(h) * scan.positions.size() + task.begin;
+    std::copy_n(known, tile.count, tile.weights + h * kTileKeys);
+  }
 }
 
 // From where they were found: num weights of each.
@@ -90,24 +95,21 @@ void attend_exactly(Unit& unit, const Task& task, float scale) {
 }
 
 Weighed weigh_candidates(Unit& unit, const Task& task, float scale, bool has_ranks) {
-  Scan& scan = unit.scans[task.run];
+  const Scan& scan = unit.scans[task.run];
   Partial& partial = unit.partials[task.slot];
   const Kernels& kernel = kernels();
   const int num = unit.queries.num;
   Tile tile;
-  has_ranks ? read_joined(scan, task, tile) : read_lists(scan, task, 0, tile);
-  float* weights = tile.weights;
-  int count = tile.count;
   Weighed weighed;
   if (has_ranks) {
-    for (int h = 0; h < num; ++h) {
-      const float* known = scan.scores + static_cast<std::size_t>(h) * scan.positions.size() + task.begin;
-      std::copy_n(known, count, weights + h * kTileKeys);
-    }
+    read_joined(scan, task, num, tile);
   } else {
-    kernel.score(unit.queries, scan.part->key_rows(unit.kv_head), tile.positions, 0, count, weights, kTileKeys);
-    weighed.num_scored = count;
+    read_lists(scan, task, 0, tile);
+    kernel.score(unit.queries, scan.part->key_rows(unit.kv_head), tile.positions, 0, tile.count, tile.weights, kTileKeys);
+    weighed.num_scored = tile.count;
   }
+  float* weights = tile.weights;
+  int count = tile.count;
   float floors[kMaxGroup];
   for (int h = 0; h < num; ++h) floors[h] = unit.draws[h] > 0.0f ? -kInfinity : unit.floor[h];
   weighed.num_retrieved = std::int64_t{num} * count;
